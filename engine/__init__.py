@@ -1,0 +1,1 @@
+"""Flows, tasks, cache policies, and the engine that runs them."""

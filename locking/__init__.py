@@ -1,0 +1,1 @@
+"""Lock managers and leases: one holder at a time for a key."""
