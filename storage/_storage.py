@@ -120,6 +120,15 @@ class Storage(ABC):
         A key too long to be a name is listed by its alias `~<sha256>`, which every method accepts for it.
         """
 
+    async def ensure_conditional(self) -> None:
+        """Return if the conditions of this storage's writes are honoured; locks and transactions ask first.
+
+        Memory and local storage always honour them. A bucket is tried out, once for each process.
+
+        Raises:
+            ConditionsUnsupportedError: They are not honoured, so that no lock can be built on them.
+        """
+
     async def aclose(self) -> None:
         """Give back clients and threads of every loop. Idempotent; what is stored stays."""
 
