@@ -91,14 +91,11 @@ class ParameterError(EngineError, ValueError):
 
 
 class NoActiveRunError(EngineError, RuntimeError):
-    """There is no flow run, transaction or entered engine that could own a submitted run."""
+    """There is no run here, and what was asked for needs one."""
 
-    def __init__(self, task: str, verb: str) -> None:
-        self.task, self.verb = task, verb
-        super().__init__(
-            f"{task}.{verb}() was called outside of a flow, so nothing would own the run. Call it inside a @flow, "
-            f"inside `async with Engine():`, or await {task}(...) directly."
-        )
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.problem, self.remedy = problem, remedy
+        super().__init__(f"{problem} {remedy}")
 
 
 class RunningLoopError(EngineError, RuntimeError):
