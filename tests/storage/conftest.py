@@ -1,0 +1,73 @@
+"""One store of each kind. A further kind is one more entry of STORES."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from onceflow.storage import LocalStorage, MemoryStorage, Storage
+
+Store = Callable[[pytest.FixtureRequest, Path], AbstractAsyncContextManager[Storage]]
+
+
+@asynccontextmanager
+async def memory(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Storage]:
+    async with MemoryStorage(f"test-{uuid4().hex}") as storage:
+        yield storage
+
+
+@asynccontextmanager
+async def local(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Storage]:
+    async with LocalStorage(folder / "not" / "yet") as storage:
+        yield storage
+
+
+@asynccontextmanager
+async def local_power(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Storage]:
+    async with LocalStorage(folder, durability="power", threads=2) as storage:
+        yield storage
+
+
+@asynccontextmanager
+async def local_by_thread(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Storage]:
+    """As on systems that cannot read inline, and on file systems that cannot."""
+    async with LocalStorage(folder) as storage:
+        storage._inline = False
+        yield storage
+
+
+STORES: dict[str, Store] = {
+    "memory": memory,
+    "local": local,
+    "local_power": local_power,
+    "local_by_thread": local_by_thread,
+}
+"""Each makes an empty store, given the request (for servers: `request.getfixturevalue`) and an empty folder."""
+
+
+@pytest.fixture(params=STORES)
+async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Storage]:
+    """An empty store of the kind, closed afterwards."""
+    async with STORES[request.param](request, tmp_path) as one:
+        yield one
+
+
+@pytest.fixture
+async def fresh(storage: Storage) -> AsyncIterator[Callable[[], Storage]]:
+    """Makes further storages of the same store, as another process would have them: from the pickle."""
+    made: list[Storage] = []
+
+    def make() -> Storage:
+        one = pickle.loads(pickle.dumps(storage))
+        assert isinstance(one, Storage)
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        await one.aclose()
