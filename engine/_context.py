@@ -1,0 +1,228 @@
+"""Where a call is: the current run, the tags and the engine, carried by context variables."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from ._errors import ConfigurationError, NoActiveRunError
+from ._kernel import Life
+from ._states import PENDING, quick
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+    from ._flow import Flow
+    from ._futures import TaskFuture
+    from ._task import Task
+
+current_run: ContextVar[TaskRun | FlowRun | None] = ContextVar("onceflow_run", default=None)
+current_tags: ContextVar[frozenset[str]] = ContextVar("onceflow_tags", default=frozenset())
+
+_random = Random()
+os.register_at_fork(after_in_child=_random.seed)
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562): sortable by its millisecond, 74 random bits."""
+    bits = _random.getrandbits(74)
+    number = time.time_ns() // 1_000_000 << 80 | 7 << 76 | (bits >> 62) << 64 | 2 << 62 | bits & (1 << 62) - 1
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+class Run(Life):
+    """One run of a task or a flow: what hooks, key functions and name templates are given.
+
+    What a run never asks for is never made: its id, its name and its bound parameters come into being when
+    they are first read.
+    """
+
+    engine: Engine
+    parent: TaskRun | FlowRun | None = None
+    tags: frozenset[str] = frozenset()
+    reason: str = ""
+    key: str | None = None
+    name_template: str | Callable[..., str] | None = None
+    _id: str | None = None
+    _name: str | None = None
+
+    if TYPE_CHECKING:
+        parameters: dict[str, Any]
+
+    def _definition(self) -> Task[..., Any] | Flow[..., Any]:
+        raise NotImplementedError
+
+    @property
+    def id(self) -> str:
+        """This run's id, a UUIDv7."""
+        if self._id is None:
+            self._id = new_id()
+        return self._id
+
+    @property
+    def name(self) -> str:
+        """The run's name: from its template where it has one, else its task's or flow's name and a short id."""
+        if self._name is None:
+            default = f"{self._definition().name}-{self.id[-3:]}"
+            self._name = default if self.name_template is None else self._named(self.name_template)
+        return self._name
+
+    def _named(self, template: str | Callable[..., str]) -> str:
+        """The name that a template or a callable gives.
+
+        Raises:
+            ConfigurationError: The template names no parameter, or the callable returns no text.
+        """
+        if callable(template):
+            takes_parameters = len(inspect.signature(template).parameters) > 0
+            name = template(self.parameters) if takes_parameters else template()
+        else:
+            try:
+                name = template.format(**{**self.parameters, "parameters": self.parameters})
+            except (KeyError, IndexError, AttributeError, ValueError) as error:
+                raise ConfigurationError(
+                    f"The run name {template!r} of {self._definition().name!r} cannot be made: {error!r}.",
+                    f"It may use {', '.join(self.parameters) or 'no parameters'}.",
+                ) from error
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"The run name of {self._definition().name!r} must be text, but its callable returned {name!r}.",
+                "Return a str.",
+            )
+        return name
+
+    @property
+    def run_count(self) -> int:
+        """Prefect's name for `attempt`."""
+        return self.attempt
+
+    @property
+    def expected_start_time(self) -> datetime:
+        """When the run came into being."""
+        return self.states[0].timestamp
+
+    @property
+    def start_time(self) -> datetime | None:
+        """When the first attempt began; None for a hit and for a run that never began."""
+        return next((state.timestamp for state in self.states if state.name == "Running"), None)
+
+    @property
+    def end_time(self) -> datetime | None:
+        """When the run entered its final state."""
+        state = next((state for state in self.states if state.is_final()), None)
+        return state.timestamp if state else None
+
+    @property
+    def total_run_time(self) -> timedelta:
+        """How long the run was in a running state, all attempts together, up to now."""
+        total = 0
+        for state, after in zip(self.states, [*self.states[1:], None], strict=True):
+            if state.name in ("Running", "Retrying"):
+                end = after._moment if after else int(datetime.now(UTC).timestamp() * 1e6)
+                total += end - state._moment
+        return timedelta(microseconds=total)
+
+
+class TaskRun(Run):
+    """One run of a task."""
+
+    flow_run: FlowRun | None = None
+    wait_for: Iterable[Any] = ()
+    _parameters: dict[str, Any] | None = None
+
+    def __init__(
+        self, task: Task[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parent: TaskRun | FlowRun | None
+    ) -> None:
+        self.task = task
+        self.args = args
+        self.kwargs = kwargs
+        self.states = [quick(PENDING, "Pending")]
+        if parent is not None:
+            self.parent = parent
+            self.flow_run = parent.flow_run
+            self.engine = parent.engine
+
+    def _definition(self) -> Task[..., Any]:
+        return self.task
+
+    @property
+    def task_run(self) -> TaskRun:
+        return self
+
+    @property
+    def flow_run_id(self) -> str | None:
+        """The id of the enclosing flow run, if there is one."""
+        return self.flow_run.id if self.flow_run else None
+
+    @property
+    def task_run_id(self) -> str:
+        return self.id
+
+    @property
+    def flow(self) -> Flow[..., Any] | None:
+        return self.flow_run.flow if self.flow_run else None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The bound arguments by name, defaults applied, futures replaced by their values."""
+        if self._parameters is None:
+            self._parameters = self.task.bind(self.args, self.kwargs)
+        return self._parameters
+
+
+class FlowRun(Run):
+    """One run of a flow. It owns what is submitted inside it."""
+
+    def __init__(
+        self, flow: Flow[..., Any], parameters: Mapping[str, Any], parent: TaskRun | FlowRun | None
+    ) -> None:
+        self.flow = flow
+        self.parameters: dict[str, Any] = dict(parameters)
+        self.states = [quick(PENDING, "Pending")]
+        self.parent = parent
+        self.running: set[TaskFuture[Any]] = set()
+        self.failed: list[TaskFuture[Any]] = []
+
+    def _definition(self) -> Flow[..., Any]:
+        return self.flow
+
+    @property
+    def flow_run(self) -> FlowRun:
+        return self
+
+    @property
+    def flow_run_id(self) -> str:
+        return self.id
+
+    @property
+    def task(self) -> None:
+        return None
+
+
+def get_run_context() -> TaskRun | FlowRun:
+    """The run that this code is part of: the innermost task or flow run.
+
+    Raises:
+        NoActiveRunError: There is none.
+    """
+    run = current_run.get()
+    if run is None:
+        raise NoActiveRunError("There is no run here.", "Call get_run_context() inside a flow or a task.")
+    return run
+
+
+@contextmanager
+def tags(*names: str) -> Iterator[frozenset[str]]:
+    """Add tags to every run that starts inside the block; yields all that apply there."""
+    token = current_tags.set(current_tags.get() | frozenset(names))
+    try:
+        yield current_tags.get()
+    finally:
+        current_tags.reset(token)

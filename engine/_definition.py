@@ -1,0 +1,226 @@
+"""What tasks and flows share: a function with options, resolved once, at declaration."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar
+
+from . import _policies
+from ._context import FlowRun, TaskRun
+from ._errors import ConfigurationError
+from ._kernel import Retry, retry_rule
+from ._options import Hook, check_known, check_retries, hooks_of, seconds_of
+from ._policies import CacheKeyFnPolicy, CachePolicy, NonePolicy
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Definition(Generic[P, R]):
+    """A function with its options. Made by `@task` and `@flow`; never changed but by adding hooks."""
+
+    kind: ClassVar[str]
+    _options: ClassVar[type]
+
+    def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        check_known(self.kind.split()[0].lower(), options, self._options)
+        self.fn = fn
+        self.__wrapped__ = fn
+        self._stated = {name: value for name, value in options.items() if value is not None}
+        said = self._stated.get
+        self.name: str = said("name") or _name_of(fn)
+        self.__name__ = self.name
+        self.__qualname__ = getattr(fn, "__qualname__", self.name)
+        self.__module__ = getattr(fn, "__module__", None) or type(fn).__module__
+        self.__doc__ = inspect.getdoc(fn)
+        self.description: str | None = said("description") or self.__doc__
+        self.version: str | int | None = said("version")
+        self.tags = frozenset(said("tags", ()))
+        self.signature = inspect.signature(fn)
+        self._bind = _binder(self.signature)
+        check_retries(self.kind, self.name, self._stated)
+        self.retries: int | None = said("retries")
+        self.retry_delay_seconds = said("retry_delay_seconds")
+        self.retry_jitter_factor: float | None = said("retry_jitter_factor")
+        self.retry_condition_fn: Callable[..., Any] | None = said("retry_condition_fn")
+        self._check_callable("retry_condition_fn", self.retry_condition_fn)
+        self.timeout_seconds = seconds_of(said("timeout_seconds"))
+        self.log_prints: bool | None = said("log_prints")
+        self.hooks: dict[str, list[Hook]] = hooks_of(self._stated)
+        self._settle_caching()
+        self._rule: Retry | None = None
+        if self.retries is not None:
+            self._rule = self._rule_from(self.retries, self.retry_delay_seconds)
+
+    def _check_callable(self, option: str, value: Any) -> None:
+        if value is not None and not callable(value):
+            raise TypeError(f"{option} of {self.name!r} takes a callable, not {value!r}.")
+
+    # --- caching
+
+    def _settle_caching(self) -> None:
+        """Resolve the options that decide whether, where and under which key results persist."""
+        said = self._stated.get
+        self.cache_expiration: timedelta | None = said("cache_expiration")
+        self.refresh_cache: bool | None = said("refresh_cache")
+        self.result_storage = said("result_storage")
+        self.result_serializer = said("result_serializer")
+        self.result_storage_key: str | None = said("result_storage_key")
+        self.cache_key_fn: Callable[..., Any] | None = said("cache_key_fn")
+        self._check_callable("cache_key_fn", self.cache_key_fn)
+        policy: CachePolicy | None = said("cache_policy")
+        if policy is not None and not isinstance(policy, CachePolicy):
+            raise TypeError(f"cache_policy of {self.name!r} takes a CachePolicy such as INPUTS, not {policy!r}.")
+        persist: bool | None = said("persist_result")
+        if persist is False:
+            if policy is not None and not isinstance(policy, NonePolicy):
+                _warn(f"{self.name!r} has persist_result=False, so its cache_policy {policy!r} is ignored.")
+            self._set_policy(False, _policies.NONE, stated=True)
+            return
+        if self.cache_key_fn is not None:
+            if policy is not None:
+                _warn(f"{self.name!r} has both a cache_key_fn and a cache_policy; the function wins.")
+            by_function = CacheKeyFnPolicy(self.cache_key_fn)
+            by_function.key_storage = policy.key_storage if policy is not None else None
+            policy = by_function
+        stated = policy is not None
+        implied = (stated and not isinstance(policy, NonePolicy)) or any(
+            option in self._stated for option in ("result_storage", "result_serializer", "result_storage_key")
+        )
+        if policy is None and self.result_storage_key is None:
+            policy = self._default_policy()
+        self._set_policy(True if implied and persist is None else persist, policy, stated)
+
+    def _set_policy(self, persist: bool | None, policy: CachePolicy | None, stated: bool) -> None:
+        self.persist = persist
+        self.cache_policy = policy
+        self.is_policy_stated = stated
+
+    def _default_policy(self) -> CachePolicy | None:
+        raise NotImplementedError
+
+    @property
+    def persist_result(self) -> bool | None:
+        """Whether results persist; None where that is left to the flow and the settings."""
+        return self.persist
+
+    # --- retries
+
+    def _rule_from(self, retries: int, delays: Any) -> Retry:
+        return retry_rule(retries, delays, self.retry_jitter_factor, self.retry_condition_fn is not None)
+
+    def rule_for(self, run: TaskRun | FlowRun) -> Retry:
+        """When a run tries again: as stated here, else as the settings say."""
+        if self._rule is None:
+            return self._rule_from(*self._default_retries(run))
+        return self._rule
+
+    def _default_retries(self, run: TaskRun | FlowRun) -> tuple[int, Any]:
+        raise NotImplementedError
+
+    # --- hooks
+
+    def _add_hook(self, event: str, hook: F) -> F:
+        if not callable(hook):
+            raise TypeError(f"{event} takes a callable, but {hook!r} cannot be called.")
+        self.hooks.setdefault(event, []).append(hook)
+        self._stated[event] = self.hooks[event]
+        return hook
+
+    def on_running(self, hook: F) -> F:
+        """Call `hook(task_or_flow, run, state)` at the start of every attempt."""
+        return self._add_hook("on_running", hook)
+
+    def on_completion(self, hook: F) -> F:
+        """Call `hook(task_or_flow, run, state)` when a run completes, Cached included."""
+        return self._add_hook("on_completion", hook)
+
+    def on_failure(self, hook: F) -> F:
+        """Call `hook(task_or_flow, run, state)` when a run has failed for good."""
+        return self._add_hook("on_failure", hook)
+
+    def on_commit(self, hook: F) -> F:
+        """Call `hook(transaction)` when a run's record was committed."""
+        return self._add_hook("on_commit", hook)
+
+    def on_rollback(self, hook: F) -> F:
+        """Call `hook(transaction)` when the transaction that a run belongs to is rolled back."""
+        return self._add_hook("on_rollback", hook)
+
+    # --- options and arguments
+
+    def _merged(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The stated options with others over them; a key function and a policy displace each other."""
+        merged = {**self._stated, **options}
+        for option, other in (("cache_policy", "cache_key_fn"), ("cache_key_fn", "cache_policy")):
+            if options.get(option) is not None and other not in options:
+                merged.pop(other, None)
+        if (options.get("cache_policy") or options.get("cache_key_fn")) and "persist_result" not in options:
+            if merged.get("persist_result") is False:
+                merged.pop("persist_result")
+        for event in self.hooks:
+            if event not in options:
+                merged[event] = list(self.hooks[event])
+        return merged
+
+    def _with(self, options: Mapping[str, Any]) -> Self:
+        return type(self)(self.fn, self._merged(options))
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by parameter name, defaults applied.
+
+        Raises:
+            TypeError: They do not fit the signature.
+        """
+        return self._bind(args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=6)
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    if isinstance(fn, functools.partial):
+        return _name_of(fn.func)
+    name = getattr(fn, "__name__", None) or type(fn).__name__
+    return "lambda" if name == "<lambda>" else str(name)
+
+
+def _binder(signature: inspect.Signature) -> Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]:
+    """A function that binds arguments: a plain dict merge where the signature allows, else inspect's own way."""
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
+    parameters = list(signature.parameters.values())
+    names = tuple(signature.parameters)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    known = frozenset(names)
+
+    def slowly(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def quickly(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        given = len(args)
+        if given <= len(names) and kwargs.keys() <= known and not (kwargs and kwargs.keys() & set(names[:given])):
+            bound = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+            if len(bound) == len(names):
+                return {name: bound[name] for name in names}
+        return slowly(args, kwargs)  # raises the error that the user expects
+
+    return quickly if all(p.kind in plain for p in parameters) else slowly
+
+
+def check_no_wait_for(kind: str, name: str, signature: inspect.Signature) -> None:
+    """`wait_for` belongs to the engine."""
+    if "wait_for" in signature.parameters:
+        raise ConfigurationError(
+            f"{kind} {name!r} has a parameter wait_for, which the engine keeps for itself.", "Name it otherwise."
+        )

@@ -1,0 +1,295 @@
+"""The engine: settings, storages and threads that runs share, on one event loop at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from weakref import WeakKeyDictionary
+
+from ..storage import LocalStorage, Storage, storage_from_url
+from ..storage._serializers import Serializer, serializer_by_name
+from . import _logging
+from ._context import current_run
+from ._errors import EngineClosedError
+from ._records import Place, Records
+from ._settings import Settings
+
+if TYPE_CHECKING:
+    import anyio
+
+    from ..locking import LockManager
+    from ._context import FlowRun, Run, TaskRun
+    from ._futures import RunFuture
+    from ._policies import CachePolicy
+
+T = TypeVar("T")
+StorageLike = Storage | str | os.PathLike[str]
+SerializerLike = Serializer | str
+
+current_engine: ContextVar[Engine | None] = ContextVar("onceflow_engine", default=None)
+
+
+class Engine:
+    """What runs share: where records lie, who locks, which threads synchronous bodies get.
+
+    Making one opens nothing. `async with engine:` opens it, makes it the engine of every run that starts
+    inside, and on leaving refuses new work, waits up to `grace` seconds for the runs it owns, cancels the
+    rest, and closes what it opened (storages that were passed in as objects stay open). It may be entered
+    and left from different tasks, and again after it was left.
+
+    Args:
+        storage: Where results lie: a path, a URL or a storage. `~/.onceflow/storage` without a setting.
+        lock_manager: Who locks SERIALIZABLE keys, for policies that name nobody.
+        key_storage: Where records lie when they lie apart from results.
+        serializer: For tasks and flows that name none.
+        settings: In place of those of the environment.
+        grace: Seconds that leaving waits for runs before it cancels them.
+        worker_threads: How many synchronous bodies run at once.
+        clock: Unix time in seconds, for expiry.
+    """
+
+    def __init__(
+        self,
+        storage: StorageLike | None = None,
+        lock_manager: LockManager | None = None,
+        *,
+        key_storage: StorageLike | None = None,
+        serializer: SerializerLike | None = None,
+        settings: Settings | None = None,
+        grace: float | None = None,
+        worker_threads: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._given = (storage, key_storage, serializer, settings, grace, worker_threads)
+        self.lock_manager = lock_manager
+        self.clock = clock
+        self.running: set[RunFuture[Any]] = set()
+        self.failed: list[RunFuture[Any]] = []
+        self._opening: asyncio.Future[None] | None = None
+        self._is_open = False
+        self._stamp: dict[Any, Any] | None = None
+        self._outer: Engine | None = None
+        self._own: dict[str, Storage] = {}
+        self._serializers: dict[str, Serializer] = {}
+
+    # --- opening and closing
+
+    async def open(self) -> Self:
+        """Read the settings and make ready; idempotent, also when several tasks come at once.
+
+        Costs one thread hop (settings may lie in files); no storage is touched before it is used.
+        """
+        if self._is_open:
+            return self
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._open())
+        await asyncio.shield(self._opening)
+        return self
+
+    async def _open(self) -> None:
+        import anyio
+
+        storage, key_storage, serializer, settings, grace, threads = self._given
+        try:
+            self._stamp = _environment()
+            self.settings = settings or await asyncio.to_thread(Settings.load)
+            self.grace = self.settings.grace if grace is None else grace
+            self._limiter = anyio.CapacityLimiter(threads or self.settings.worker_threads)
+            self.serializer = self.serializer_for(serializer or self.settings.results_default_serializer)
+            self.storage = self.storage_for(storage or self.settings.storage or "~/.onceflow/storage")
+            spec = key_storage or self.settings.key_storage
+            self.key_storage = self.storage_for(spec) if spec else None
+            keys = self.settings.results_signing_key
+            self.records = Records(
+                self.in_thread,
+                clock=self.clock,
+                signing_keys=[key.strip().encode() for key in keys.split(",")] if keys else (),
+                allow_pickle=self.settings.results_allow_pickle,
+            )
+            if self.settings.logging_level:
+                _logging.show(self.settings.logging_level.upper())
+        finally:
+            self._opening = None
+        self._is_open = True
+        _open_engines.setdefault(asyncio.get_running_loop(), []).append(self)
+
+    async def aclose(self) -> None:
+        """Refuse new work, wait `grace` seconds for owned runs, cancel the rest, close what was opened. Idempotent."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        engines = _open_engines.get(asyncio.get_running_loop(), [])
+        if self in engines:
+            engines.remove(self)
+        await self._drain()
+        for storage in self._own.values():
+            await storage.aclose()
+        self._own.clear()
+
+    async def _drain(self) -> None:
+        works = {future._work for future in self.running}
+        if works:
+            _, late = await asyncio.wait(works, timeout=self.grace)
+            for work in late:
+                work.cancel()
+            if late:
+                await asyncio.wait(late)
+        self.running.clear()
+
+    async def __aenter__(self) -> Self:
+        self._outer = current_engine.get()
+        await self.open()
+        current_engine.set(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Left from another task than the one that entered, the variable is not ours to set back.
+        if current_engine.get() is self:
+            current_engine.set(self._outer)
+        await self.aclose()
+
+    def is_stale(self) -> bool:
+        """Whether the environment has changed since the settings were read from it."""
+        return self._stamp is not None and self._given[3] is None and self._stamp != _environment_view()
+
+    def check_open(self, what: str) -> None:
+        if not self._is_open:
+            raise EngineClosedError(what)
+
+    # --- what runs ask for
+
+    def storage_for(self, spec: StorageLike) -> Storage:
+        """The storage that a path or URL means: one for each, made when first asked for, closed with the engine."""
+        if isinstance(spec, Storage):
+            return spec
+        name = os.fspath(spec)
+        if name not in self._own:
+            storage = storage_from_url(spec)
+            if isinstance(storage, LocalStorage) and "durability=" not in name:
+                storage = LocalStorage(storage.path, durability=self.settings.durability)
+            self._own[name] = storage
+        return self._own[name]
+
+    def serializer_for(self, spec: SerializerLike) -> Serializer:
+        if isinstance(spec, Serializer):
+            return spec
+        if spec not in self._serializers:
+            self._serializers[spec] = serializer_by_name(spec)
+        return self._serializers[spec]
+
+    def place_for(self, run: TaskRun | FlowRun, policy: CachePolicy | None) -> Place:
+        """Where the run's record lies: the task decides, else its flow, else the engine."""
+        definition = run.task or run.flow
+        assert definition is not None
+        above = run.flow_run.flow if run.task is not None and run.flow_run is not None else None
+        storage = definition.result_storage or (above and above.result_storage)
+        serializer = definition.result_serializer or (above and above.result_serializer)
+        keys = policy.key_storage if policy is not None else None
+        location = None
+        if definition.result_storage_key is not None and policy is not None:
+            location = storage_key(definition.result_storage_key, run)
+        return Place(
+            self.storage_for(storage) if storage else self.storage,
+            self.storage_for(keys) if keys is not None else self.key_storage,
+            self.serializer_for(serializer) if serializer else self.serializer,
+            location,
+        )
+
+    async def in_thread(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run a function in a worker thread of the engine's own, with the caller's context variables.
+
+        Cancelled, the caller goes on at once, and the thread finishes by itself.
+        """
+        from anyio.to_thread import run_sync
+
+        return await run_sync(functools.partial(fn, *args), abandon_on_cancel=True, limiter=self._limiter)
+
+    _limiter: anyio.CapacityLimiter
+
+
+def storage_key(template: str, run: TaskRun | FlowRun) -> str:
+    """A result storage key from its template: `{parameters[x]}`, `{x}`, `{task_run.name}`, `{flow_run.id}`."""
+    fields: dict[str, Any] = dict(run.parameters)
+    fields["parameters"] = run.parameters
+    fields["flow_run"] = run.flow_run
+    if run.task is not None:
+        fields["task_run"] = run
+    return template.format(**fields)
+
+
+# --- which engine
+
+_open_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Engine]] = WeakKeyDictionary()
+_ambient: WeakKeyDictionary[asyncio.AbstractEventLoop, Engine] = WeakKeyDictionary()
+_parked: WeakKeyDictionary[asyncio.AbstractEventLoop, list[AsyncGenerator[None, None]]] = WeakKeyDictionary()
+
+
+def _environment_view() -> Any:
+    # The raw mapping of os.environ compares in C, in under a microsecond; where it is missing, a copy does.
+    return getattr(os.environ, "_data", None) or dict(os.environ)
+
+
+def _environment() -> dict[Any, Any]:
+    return dict(_environment_view())
+
+
+def ambient_now() -> Engine | None:
+    """The engine of a root run that starts here, where it is ready: the one entered in this context, else the
+    only one open on this loop, else the one that was made from the settings."""
+    engine = current_engine.get()
+    if engine is not None and engine._is_open:
+        return engine
+    loop = asyncio.get_running_loop()
+    ambient = _ambient.get(loop)
+    entered = [engine for engine in _open_engines.get(loop, ()) if engine is not ambient]
+    if len(entered) == 1:
+        return entered[0]
+    if ambient is not None and ambient._is_open and not ambient.is_stale():
+        return ambient
+    return None
+
+
+async def ambient() -> Engine:
+    """The engine of a root run that starts here; made from the settings where there is none, and closed with the loop."""
+    engine = ambient_now()
+    if engine is not None:
+        return engine
+    loop = asyncio.get_running_loop()
+    made = _ambient.get(loop)
+    if made is None or (made._is_open and made.is_stale()):
+        made = _ambient[loop] = Engine()
+        await _close_with_loop(loop, made)
+    return await made.open()
+
+
+async def _close_with_loop(loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
+    """Park an async generator on the loop: `shutdown_asyncgens`, which every runner calls at its end, closes it."""
+
+    async def parked() -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            await engine.aclose()
+
+    generator = parked()
+    await anext(generator)
+    _parked.setdefault(loop, []).append(generator)
+
+
+def owner_here() -> tuple[FlowRun | Engine, Run | None] | None:
+    """Who would own a run submitted here: the enclosing flow run, else the engine entered in this context."""
+    run = current_run.get()
+    if run is not None and run.flow_run is not None:
+        return run.flow_run, run
+    engine = current_engine.get()
+    if engine is not None and engine._is_open:
+        return engine, run
+    return None

@@ -1,0 +1,207 @@
+"""`@flow`: an async (or sync) function that owns the runs submitted inside it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
+
+from ._context import FlowRun, TaskRun, current_run, current_tags
+from ._definition import Definition, check_no_wait_for
+from ._engine import Engine, ambient, ambient_now, current_engine
+from ._futures import RunFuture, find_marked, replace_marked, settle
+from ._options import FlowOptions
+from ._parameters import Validator
+from ._policies import CachePolicy
+from ._run import perform
+from ._states import COMPLETED, State
+from ._sync import run_blocking
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Flow(Definition[P, R]):
+    """A function whose run owns what is submitted inside it. Made by `@flow`.
+
+    Its run ends when its body and all its submitted runs have ended. A body that raises cancels its
+    unfinished runs and awaits them; a submitted run whose failure nobody looked at fails the flow.
+    """
+
+    kind = "Flow run"
+    _options = FlowOptions
+
+    def __init__(self, fn: Callable[..., Any], options: Any) -> None:
+        super().__init__(fn, options)
+        check_no_wait_for("Flow", self.name, self.signature)
+        self.flow_run_name = self._stated.get("flow_run_name")
+        self.validate_parameters: bool = self._stated.get("validate_parameters", True)
+        self._validator = Validator(fn, self.signature, self.name) if self.validate_parameters else None
+        self.is_async = inspect.iscoroutinefunction(fn)
+
+    def _default_policy(self) -> CachePolicy | None:
+        return None
+
+    def _default_retries(self, run: TaskRun | FlowRun) -> tuple[int, Any]:
+        settings = run.engine.settings
+        delays = self.retry_delay_seconds
+        return settings.flows_default_retries, settings.flows_default_retry_delay_seconds if delays is None else delays
+
+    # --- calls
+
+    async def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlowRun:
+        parent = current_run.get()
+        parameters = self.bind(args, kwargs)
+        if self._validator is not None:
+            parameters = self._validator(parameters)
+        run = FlowRun(self, parameters, parent)
+        entered = current_engine.get()
+        if entered is not None and entered._is_open:
+            run.engine = entered
+        elif parent is not None:
+            run.engine = parent.engine
+        else:
+            run.engine = ambient_now() or await ambient()
+        run.tags = self.tags | current_tags.get()
+        run.name_template = self.flow_run_name
+        return run
+
+    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run in the caller's asyncio task, and return the value; raises what the body raised.
+
+        Raises:
+            ParameterError: An argument does not validate against its annotation.
+        """
+        state = await perform(await self._begin(args, kwargs))
+        if state.type is COMPLETED:
+            return state.data  # type: ignore[no-any-return]
+        raise state.error()
+
+    async def run_to_state(self, *args: P.args, **kwargs: P.kwargs) -> State[R]:
+        """As a call, but returns the final state, and never raises for a failed run; cancellation propagates."""
+        return await perform(await self._begin(args, kwargs))
+
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run from synchronous code and block until the end: starts a loop in a script, and uses the
+        parent's loop in the worker thread of a synchronous body.
+
+        Raises:
+            RunningLoopError: An event loop runs in this thread; `await f(…)` there.
+        """
+        return run_blocking(self.name, self.__call__, args, kwargs)
+
+    def with_options(self, **options: Unpack[FlowOptions]) -> Self:
+        """A new flow with other options; those not named stay, `None` takes one back, zero is a value."""
+        return self._with(options)
+
+    # --- the body
+
+    async def body(self, run: FlowRun) -> R:
+        """Run the function, then see to what it submitted."""
+        args, kwargs = _call_form(self.signature, run.parameters)
+        token = current_tags.set(run.tags)
+        try:
+            if self.is_async:
+                value = await self.fn(*args, **kwargs)
+            else:
+                value = await run.engine.in_thread(_call, self.fn, args, kwargs)
+            value = await _resolve(value)
+            await _finish(run)
+        except BaseException:
+            await cancel_all(run)
+            raise
+        finally:
+            current_tags.reset(token)
+        return value  # type: ignore[no-any-return]
+
+
+def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    return fn(*args, **kwargs)
+
+
+def _call_form(signature: inspect.Signature, parameters: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call from its bound parameters."""
+    bound = inspect.BoundArguments(signature, dict(parameters))  # type: ignore[arg-type]
+    return bound.args, bound.kwargs
+
+
+async def _resolve(value: Any) -> Any:
+    """A flow may return futures: their values are its result."""
+    marked: list[Any] = []
+    find_marked(value, marked, set())
+    futures = [part for part in marked if isinstance(part, RunFuture)]
+    if not futures:
+        return value
+    for future in futures:
+        await future
+    return replace_marked(value, await settle(marked), {})
+
+
+async def _finish(run: FlowRun) -> None:
+    """Wait for what was submitted; a failure that nobody looked at fails the flow.
+
+    Raises:
+        ExceptionGroup: The failures, each once.
+    """
+    while run.running:
+        await asyncio.wait({future._work for future in run.running})
+        run.running = {future for future in run.running if not future._work.done()}
+    errors = unnoticed(run.failed)
+    run.failed = []
+    if errors:
+        raise ExceptionGroup(
+            f"{len(errors)} submitted run{'s' if len(errors) > 1 else ''} of flow run {run.name!r} failed, and nobody looked",
+            errors,
+        )
+
+
+def unnoticed(failed: Iterable[RunFuture[Any]]) -> list[Exception]:
+    """The errors of failed runs that nobody awaited or looked at."""
+    errors: list[Exception] = []
+    for future in failed:
+        if not future._observed:
+            error = future.run.state.error()
+            if isinstance(error, Exception) and error not in errors:
+                errors.append(error)
+    return errors
+
+
+async def cancel_all(owner: FlowRun | Engine) -> None:
+    """Cancel the unfinished runs of a flow run and wait until they have ended."""
+    works = [future._work for future in owner.running]
+    for work in works:
+        work.cancel()
+    if works:
+        await asyncio.wait(works)
+    owner.running.clear()
+    owner.failed.clear()
+
+
+@overload
+def flow(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Flow[P, R]: ...
+@overload
+def flow(fn: Callable[P, R], /) -> Flow[P, R]: ...
+@overload
+def flow(**options: Unpack[FlowOptions]) -> _Decorator: ...
+def flow(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Make a function a flow: `@flow`, or `@flow(retries=3, …)` with the options of `FlowOptions`."""
+    if fn is None:
+        return _Decorator(options)
+    return Flow(fn, options)
+
+
+class _Decorator:
+    """`@flow(…)`, waiting for its function."""
+
+    def __init__(self, options: Any) -> None:
+        self._options = options
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Flow[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Flow[P, R]: ...
+    def __call__(self, fn: Callable[..., Any], /) -> Any:
+        return Flow(fn, self._options)
+
+

@@ -1,0 +1,211 @@
+"""The life of a run, decided without I/O: events come in, states and instructions go out.
+
+A `Life` knows its states, its attempts and the rule for the next one; it neither sleeps nor calls anybody.
+The shell (`_run`) tells it what happened and does what it says, so that every transition can be driven by a
+table in the tests, without an event loop. (The pattern: dask's worker_state_machine, httpcore's pool.)
+
+    event        from                                         to             type
+    pend         (new)                                        Pending        PENDING
+    not_ready    Pending                                      NotReady       PENDING, final
+    wait         Pending, Running, Retrying                   Waiting        PENDING
+    start        Pending, Waiting                             Running        RUNNING
+    hit          Pending, Waiting                             Cached         COMPLETED, final
+    complete     Running, Retrying                            Completed      COMPLETED, final
+    fail         Pending, Waiting, Running, Retrying          Failed         FAILED, final unless attempts are left
+    time_out     Waiting, Running, Retrying                   TimedOut       FAILED, final unless attempts are left
+    put_off      Running, Retrying                            AwaitingRetry  SCHEDULED
+    retry        Running, Retrying, AwaitingRetry, Waiting    Retrying       RUNNING
+    cancel       any that is not final                        Cancelled      CANCELLED, final
+    crash        any that is not final                        Crashed        CRASHED, final
+    roll_back    Completed, Cached                            RolledBack     COMPLETED, final
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from random import Random
+from typing import Any, NamedTuple
+
+from ._states import (
+    CANCELLED,
+    COMPLETED,
+    CRASHED,
+    FAILED,
+    FINAL,
+    PENDING,
+    RUNNING,
+    SCHEDULED,
+    State,
+    StateType,
+    quick,
+)
+
+_OPEN = ("Pending", "Waiting", "Running", "Retrying", "AwaitingRetry")
+TABLE: dict[str, tuple[tuple[str, ...], str, StateType]] = {
+    "pend": (("",), "Pending", PENDING),
+    "not_ready": (("Pending",), "NotReady", PENDING),
+    "wait": (("Pending", "Running", "Retrying"), "Waiting", PENDING),
+    "start": (("Pending", "Waiting"), "Running", RUNNING),
+    "hit": (("Pending", "Waiting"), "Cached", COMPLETED),
+    "complete": (("Running", "Retrying"), "Completed", COMPLETED),
+    "fail": (("Pending", "Waiting", "Running", "Retrying"), "Failed", FAILED),
+    "time_out": (("Waiting", "Running", "Retrying"), "TimedOut", FAILED),
+    "put_off": (("Running", "Retrying"), "AwaitingRetry", SCHEDULED),
+    "retry": (("Running", "Retrying", "AwaitingRetry", "Waiting"), "Retrying", RUNNING),
+    "cancel": (_OPEN, "Cancelled", CANCELLED),
+    "crash": (_OPEN, "Crashed", CRASHED),
+    "roll_back": (("Completed", "Cached"), "RolledBack", COMPLETED),
+}
+_ARROWS = {
+    (source, event): (name, type_) for event, (sources, name, type_) in TABLE.items() for source in sources
+}
+
+
+class Do(Enum):
+    """What the shell has to do next."""
+
+    RUN = "run the body again, now"
+    SLEEP = "wait for `delay` seconds, then enter `retry` and run the body"
+    ASK = "ask the retry condition, then tell `decide`"
+    FINISH = "nothing more: the final state is in"
+
+
+class Retry(NamedTuple):
+    """When to try again. `delays` are seconds: for the first retry, the second …, the last one for all later ones."""
+
+    times: int = 0
+    delays: Sequence[float] = ()
+    jitter: float = 0.0
+    conditional: bool = False
+
+    def delay(self, attempt: int, random: Random) -> float:
+        """Seconds before the attempt after `attempt`; jitter lengthens it by up to its factor."""
+        if not self.delays:
+            return 0.0
+        delay = self.delays[min(attempt, len(self.delays)) - 1]
+        return delay * (1 + random.random() * self.jitter) if self.jitter else delay
+
+
+class IllegalTransitionError(AssertionError):
+    """The shell told a life something that cannot have happened: a bug in onceflow."""
+
+
+_NEVER = Retry()
+_random = Random()
+
+
+class Life:
+    """One run's states, from Pending to a final one. Attributes not set yet are read from the class."""
+
+    rule: Retry = _NEVER
+    attempt: int = 0
+    delay: float = 0.0
+    states: list[State[Any]]
+    _proposed: State[Any] | None = None
+
+    def enter(self, event: str, data: Any = None, message: str | None = None) -> State[Any]:
+        """Take the arrow `event` of the table from the current state, and return the new state."""
+        states = self.states
+        arrow = _ARROWS.get((states[-1].name, event))
+        if arrow is None:
+            arrow = self._from_renamed(event)
+        state = quick(arrow[1], arrow[0], data, message)
+        states.append(state)
+        return state
+
+    def _from_renamed(self, event: str) -> tuple[str, StateType]:
+        """The arrow from a state that the user named: a Completed by another name may still be rolled back."""
+        state = self.states[-1]
+        if event == "roll_back" and state.type is COMPLETED and state.name != "RolledBack":
+            return _ARROWS["Completed", event]
+        raise IllegalTransitionError(f"{event!r} cannot happen to a run in state {state!r}")
+
+    @property
+    def state(self) -> State[Any]:
+        """The state that the run is in."""
+        return self.states[-1]
+
+    @property
+    def is_over(self) -> bool:
+        return self.states[-1].is_final()
+
+    def start(self) -> State[Any]:
+        """The first attempt begins."""
+        self.attempt = 1
+        return self.enter("start")
+
+    def returned(self, value: Any) -> Do:
+        """The body returned; a `State` that it returns is final, unless it failed and attempts are left."""
+        if not isinstance(value, State):
+            self.enter("complete", value)
+            return Do.FINISH
+        if value.type is FAILED:
+            return self._propose(value)
+        if value.type not in FINAL:
+            return self._propose(
+                quick(FAILED, "Failed", None, f"the body returned the unfinished state {value!r}")
+            )
+        self.states.append(value)
+        return Do.FINISH
+
+    def raised(self, error: BaseException) -> Do:
+        """The body raised an ordinary exception."""
+        return self._propose(quick(FAILED, "Failed", error, _describe(error)))
+
+    def timed_out(self, error: BaseException) -> Do:
+        """The body was still running when its time was over."""
+        return self._propose(quick(FAILED, "TimedOut", error, str(error)))
+
+    def _propose(self, failed: State[Any]) -> Do:
+        if self.attempt > self.rule.times:
+            self.states.append(failed)
+            return Do.FINISH
+        self._proposed = failed
+        return Do.ASK if self.rule.conditional else self.decide(True)
+
+    @property
+    def proposed(self) -> State[Any]:
+        """The failed state that is under decision: what a retry condition is asked about."""
+        assert self._proposed is not None
+        return self._proposed
+
+    def decide(self, again: bool) -> Do:
+        """The retry condition said whether to try again."""
+        failed, self._proposed = self.proposed, None
+        if not again:
+            self.states.append(failed)
+            return Do.FINISH
+        self.delay = self.rule.delay(self.attempt, _random)
+        if self.delay > 0:
+            self.enter("put_off", message=failed.message)
+            return Do.SLEEP
+        self.again()
+        return Do.RUN
+
+    def again(self) -> State[Any]:
+        """The next attempt begins."""
+        self.attempt += 1
+        return self.enter("retry")
+
+
+def _describe(error: BaseException) -> str:
+    text = str(error)
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name
+
+
+def retry_rule(
+    times: int,
+    delays: float | Sequence[float] | Callable[[int], Sequence[float]] | None,
+    jitter: float | None,
+    conditional: bool,
+) -> Retry:
+    """The rule that the options `retries`, `retry_delay_seconds`, … describe."""
+    if callable(delays):
+        delays = tuple(delays(times))
+    elif delays is None or delays == 0:
+        delays = ()
+    elif isinstance(delays, (int, float)):
+        delays = (float(delays),)
+    return Retry(times, tuple(delays), jitter or 0.0, conditional)

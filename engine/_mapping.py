@@ -1,0 +1,91 @@
+"""`map`: which arguments are spread over runs, and which go to every run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ._futures import Annotation, FutureList, PendingFutureList, RunFuture, allow_failure, unmapped
+from ._states import State
+
+if TYPE_CHECKING:
+    from ._task import Task
+
+R = TypeVar("R")
+_SCALARS = (str, bytes, bytearray, memoryview, Mapping)
+
+
+def spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FutureList[R]:
+    """Submit one run per element. A future among the arguments is awaited first, where it is not done yet."""
+    wait_for = kwargs.pop("wait_for", None)
+    pending = [value for value in (*args, *kwargs.values()) if isinstance(value, RunFuture) and not value.done()]
+    if pending:
+        futures: PendingFutureList[R] = PendingFutureList()
+
+        async def fill() -> None:
+            await asyncio.wait([future._work for future in pending])
+            futures.extend(_spread(task, args, kwargs, wait_for))
+
+        return futures.fill_by(asyncio.get_running_loop().create_task(fill()))
+    return _spread(task, args, kwargs, wait_for)
+
+
+def _spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any], wait_for: Any) -> FutureList[R]:
+    columns: dict[int | str, list[Any]] = {}
+    constants: dict[int | str, Any] = {}
+    for place, value in [*enumerate(args), *kwargs.items()]:
+        column = _column(value)
+        if column is None:
+            constants[place] = value.value if isinstance(value, unmapped) else value
+        else:
+            columns[place] = column
+    if not columns:
+        raise ValueError(
+            f"{task.name}.map() was given nothing to map over: pass at least one iterable "
+            "(text, bytes and dicts count as one value each)."
+        )
+    lengths = {len(column) for column in columns.values()}
+    if len(lengths) > 1:
+        named = ", ".join(f"{_shown(task, place)}: {len(column)}" for place, column in columns.items())
+        raise ValueError(
+            f"{task.name}.map() was given iterables of different lengths ({named}). "
+            "Make them equal, or wrap what every run shall get in unmapped(…)."
+        )
+    positions = range(len(args))
+    extra = {"wait_for": wait_for} if wait_for else {}
+    futures: FutureList[R] = FutureList()
+    for index in range(lengths.pop()):
+        row = {place: column[index] for place, column in columns.items()}
+        at = {**constants, **row}
+        futures.append(
+            task._submit(
+                tuple(at[place] for place in positions),
+                {**{name: at[name] for name in kwargs}, **extra},
+                "map",
+            )
+        )
+    return futures
+
+
+def _column(value: Any) -> list[Any] | None:
+    """The elements of an argument that is spread; None for one that goes to every run."""
+    if isinstance(value, allow_failure):
+        inner = _column(value.value)
+        return None if inner is None else [allow_failure(element) for element in inner]
+    if isinstance(value, Annotation):
+        return None
+    if isinstance(value, RunFuture):
+        value = value.state.result()
+    elif isinstance(value, State):
+        value = value.result()
+    if isinstance(value, _SCALARS) or not isinstance(value, Iterable):
+        return None
+    return list(value)
+
+
+def _shown(task: Task[..., Any], place: int | str) -> str:
+    if isinstance(place, str):
+        return place
+    names = list(task.signature.parameters)[len(task._prefix) :]
+    return names[place] if place < len(names) else f"argument {place + 1}"

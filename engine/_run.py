@@ -1,0 +1,166 @@
+"""The shell around the kernel: one run from its call to its final state.
+
+`perform` awaits futures among the arguments, looks the record up, runs the body as often as the kernel says,
+commits, calls hooks and logs. It never raises for a failed run; cancellation and crashes propagate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from asyncio import CancelledError
+from contextvars import Token
+from typing import TYPE_CHECKING, Any
+
+from . import _caching
+from ._context import FlowRun, Run, TaskRun, current_run
+from ._errors import RunTimeoutError, UpstreamFailedError
+from ._futures import _LEAVES, NotReady, find_marked, replace_marked, settle
+from ._kernel import Do
+from ._logging import INFO, logger
+from ._states import COMPLETED, FAILED, State
+
+if TYPE_CHECKING:
+    from ._flow import Flow
+    from ._task import Task
+
+
+async def perform(run: TaskRun | FlowRun) -> State[Any]:
+    """Bring a run to its final state, in the caller's asyncio task."""
+    definition: Task[..., Any] | Flow[..., Any] = run.task or run.flow  # type: ignore[assignment]
+    token: Token[Any] = current_run.set(run)
+    try:
+        if run.task is not None:
+            await _resolve(run)  # type: ignore[arg-type]
+        if _caching.wanted(run, definition):
+            await _caching.perform(run, definition, attempts)
+        else:
+            await attempts(run, definition)
+    except CancelledError:
+        run.enter("cancel", message="cancelled while it ran")
+        await _end(run, definition)
+        raise
+    except NotReady as error:
+        upstream = error.upstream
+        cause = UpstreamFailedError(upstream.name, repr(upstream.state))
+        cause.__cause__ = upstream.state.error()
+        run.enter("not_ready", cause, str(cause))
+        run.reason = "did not run: upstream failed"
+    except Exception as error:  # what the engine itself could not do: a configuration error, for one
+        run.enter("fail", error, f"{type(error).__name__}: {error}")
+    except BaseException as error:
+        run.enter("crash", error, f"{type(error).__name__}: {error}")
+        await _end(run, definition)
+        raise
+    finally:
+        current_run.reset(token)
+    if definition.hooks or logger.isEnabledFor(INFO):
+        await _end(run, definition)
+    return run.states[-1]
+
+
+async def _resolve(run: TaskRun) -> None:
+    """Await the futures among the arguments, and put their values in their places."""
+    marked: list[Any] = []
+    seen: set[int] = set()
+    for value in run.args:
+        if type(value) not in _LEAVES:
+            find_marked(value, marked, seen)
+    for value in run.kwargs.values():
+        if type(value) not in _LEAVES:
+            find_marked(value, marked, seen)
+    if run.wait_for:
+        find_marked(list(run.wait_for), marked, seen)
+    if not marked:
+        return
+    settled = await settle(marked)
+    memo: dict[int, Any] = {}
+    run.args = tuple(replace_marked(value, settled, memo) for value in run.args)
+    run.kwargs = {name: replace_marked(value, settled, memo) for name, value in run.kwargs.items()}
+
+
+async def attempts(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> None:
+    """Run the body as often as the kernel says. Ends in a final state, or raises a cancellation or a crash."""
+    run.rule = definition.rule_for(run)
+    run.start()
+    do = Do.RUN
+    while do is not Do.FINISH:
+        if do is Do.RUN:
+            if "on_running" in definition.hooks:
+                await call_hooks(run, definition, "on_running")
+            do = await _attempt(run, definition)
+        elif do is Do.ASK:
+            do = run.decide(await _condition(run, definition))
+        else:
+            logger.info(
+                "%s %r - %s; trying again in %.3g s (attempt %d of %d)",
+                definition.kind, run.name, run.state.message, run.delay, run.attempt + 1, run.rule.times + 1,
+            )  # fmt: skip
+            await asyncio.sleep(run.delay)
+            run.again()
+            do = Do.RUN
+
+
+async def _attempt(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> Do:
+    """Run the body once and tell the kernel how it ended."""
+    seconds = definition.timeout_seconds
+    if seconds is None:
+        try:
+            value = await definition.body(run)
+        except Exception as error:
+            return run.raised(error)
+        return run.returned(value)
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            value = await definition.body(run)
+    except Exception as error:
+        if limit.expired() and isinstance(error, TimeoutError):
+            timeout = RunTimeoutError(f"{definition.kind} {run.name!r}", seconds)
+            timeout.__cause__ = error
+            return run.timed_out(timeout)
+        return run.raised(error)
+    return run.returned(value)
+
+
+async def _condition(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> bool:
+    """Whether the user's condition wants another attempt; one that raises does not, and says so."""
+    assert definition.retry_condition_fn is not None
+    try:
+        again = definition.retry_condition_fn(definition, run, run.proposed)
+        return bool(await again if inspect.isawaitable(again) else again)
+    except Exception:
+        logger.exception("%s %r - the retry condition raised; not trying again", definition.kind, run.name)
+        return False
+
+
+async def _end(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> None:
+    """Log the final state and call its hooks."""
+    state = run.states[-1]
+    if logger.isEnabledFor(INFO):
+        reason = f"; {run.reason}" if run.reason else ""
+        logger.info("%s %r - Finished in state %r%s", definition.kind, run.name, state, reason)
+    event = _EVENTS.get(state.type)
+    if event is not None and event in definition.hooks:
+        await call_hooks(run, definition, event)
+
+
+_EVENTS = {COMPLETED: "on_completion", FAILED: "on_failure"}
+
+
+async def call_hooks(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any], event: str) -> None:
+    """Call the hooks of a state, in order; one that raises is logged, and changes nothing."""
+    for hook in definition.hooks[event]:
+        name = getattr(hook, "__name__", repr(hook))
+        logger.info("%s %r - Running hook %r in response to entering state %r", definition.kind, run.name, name, run.state.name)  # fmt: skip
+        try:
+            outcome = hook(definition, run, run.state)
+            if inspect.isawaitable(outcome):
+                await outcome
+        except Exception:
+            logger.exception("%s %r - Hook %r raised", definition.kind, run.name, name)
+        else:
+            logger.info("%s %r - Hook %r finished successfully", definition.kind, run.name, name)
+
+
+__all__ = ["Run", "attempts", "call_hooks", "perform"]

@@ -1,0 +1,250 @@
+"""`@task`: an async (or sync) function whose runs are named, retried, cached and owned."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from copy import copy
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
+
+from . import _policies
+from ._caching import key_of, policy_of, wanted
+from ._context import FlowRun, TaskRun, current_run, current_tags
+from ._definition import Definition, check_no_wait_for
+from ._engine import ambient, ambient_now, current_engine, owner_here
+from ._errors import NoActiveRunError
+from ._futures import FutureList, TaskFuture
+from ._mapping import spread
+from ._options import TaskOptions
+from ._policies import CachePolicy
+from ._run import perform
+from ._states import COMPLETED, State
+from ._sync import run_blocking
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Q = ParamSpec("Q")
+S = TypeVar("S")
+
+
+class Task(Definition[P, R]):
+    """A function whose runs the engine brings to their end. Made by `@task`.
+
+    Calling it returns a coroutine: `await t(x)` runs the body in the caller's asyncio task and gives its
+    value, from the record where there is one.
+    """
+
+    kind = "Task run"
+    _options = TaskOptions
+    _prefix: tuple[Any, ...] = ()
+
+    def __init__(self, fn: Callable[..., Any], options: Any) -> None:
+        if isinstance(fn, (classmethod, staticmethod)):
+            self._descriptor: type | None = type(fn)
+            fn = fn.__func__
+        else:
+            self._descriptor = None
+        super().__init__(fn, options)
+        check_no_wait_for("Task", self.name, self.signature)
+        self.task_run_name = self._stated.get("task_run_name")
+        self.concurrency: int | None = self._stated.get("concurrency")
+        self.rate: str | None = self._stated.get("rate")
+        self.runner: str | None = self._stated.get("runner")
+        self.is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+            getattr(fn, "__call__", None)  # noqa: B004 - an object with an async __call__
+        )
+        self.body: Callable[[TaskRun], Awaitable[R]] = self._async_body if self.is_async else self._sync_body
+
+    def _default_policy(self) -> CachePolicy:
+        return _policies.DEFAULT
+
+    def _default_retries(self, run: TaskRun | FlowRun) -> tuple[int, Any]:
+        settings = run.engine.settings
+        delays = self.retry_delay_seconds
+        return settings.tasks_default_retries, settings.tasks_default_retry_delay_seconds if delays is None else delays
+
+    def _async_body(self, run: TaskRun) -> Awaitable[R]:
+        awaitable: Awaitable[R] = self.fn(*run.args, **run.kwargs)
+        return awaitable
+
+    def _sync_body(self, run: TaskRun) -> Awaitable[R]:
+        return run.engine.in_thread(_call, self.fn, run.args, run.kwargs)
+
+    # --- methods: `self` is an input like any other
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(
+        self: Task[Concatenate[S, Q], R], instance: S, owner: type | None = None
+    ) -> Task[Q, R]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if self._descriptor is staticmethod or (instance is None and self._descriptor is None):
+            return self
+        bound = copy(self)
+        bound._prefix = (owner if self._descriptor is classmethod else instance,)
+        bound.body = bound._async_body if bound.is_async else bound._sync_body
+        return bound
+
+    # --- calls
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], parent: TaskRun | FlowRun | None) -> TaskRun:
+        run = TaskRun(self, self._prefix + args if self._prefix else args, kwargs, parent)
+        if kwargs and "wait_for" in kwargs:
+            run.wait_for = kwargs.pop("wait_for") or ()
+        context_tags = current_tags.get()
+        if context_tags or self.tags:
+            run.tags = self.tags | context_tags
+        if self.task_run_name is not None:
+            run.name_template = self.task_run_name
+        return run
+
+    async def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskRun:
+        parent = current_run.get()
+        run = self._run(args, kwargs, parent)
+        entered = current_engine.get()
+        if entered is not None and entered._is_open:
+            run.engine = entered
+        elif parent is None:
+            run.engine = ambient_now() or await ambient()
+        return run
+
+    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run in the caller's asyncio task, and return the value; raises what the body raised."""
+        run = await self._begin(args, kwargs)
+        state = await perform(run)
+        if state.type is COMPLETED:
+            return state.data  # type: ignore[no-any-return]
+        raise state.error()
+
+    @overload
+    def run_to_state(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, State[R]]: ...
+    @overload
+    def run_to_state(
+        self, *args: Any, wait_for: Iterable[Any], **kwargs: Any
+    ) -> Coroutine[Any, Any, State[R]]: ...
+    async def run_to_state(self, *args: Any, **kwargs: Any) -> State[R]:
+        """As a call, but returns the final state, and never raises for a failed run; cancellation propagates."""
+        return await perform(await self._begin(args, kwargs))
+
+    @overload
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[R]: ...
+    @overload
+    def submit(self, *args: Any, wait_for: Iterable[Any], **kwargs: Any) -> TaskFuture[R]: ...
+    def submit(self, *args: Any, **kwargs: Any) -> TaskFuture[R]:
+        """Start a run on the caller's loop, owned by the enclosing flow run, else by the entered engine.
+
+        `wait_for=[…]` waits for other futures without passing their values.
+
+        Raises:
+            NoActiveRunError: There is neither.
+        """
+        return self._submit(args, kwargs, "submit")
+
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], verb: str) -> TaskFuture[R]:
+        here = owner_here()
+        if here is None:
+            raise NoActiveRunError(
+                f"{self.name}.{verb}() was called outside of a flow, so nothing would own the run.",
+                f"Call it inside a @flow or `async with Engine():`, or write `await {self.name}(…)`.",
+            )
+        owner, parent = here
+        run = self._run(args, kwargs, parent)
+        if parent is None:
+            run.engine = owner  # type: ignore[assignment]  # without a run, the owner is the engine
+        future: TaskFuture[R] = TaskFuture(run)
+        future._work = asyncio.get_running_loop().create_task(_perform_submitted(future, owner))
+        owner.running.add(future)
+        return future
+
+    @overload
+    def map(self, *args: P.args, **kwargs: P.kwargs) -> FutureList[R]: ...
+    @overload
+    def map(self, *args: Any, **kwargs: Any) -> FutureList[R]: ...
+    def map(self, *args: Any, **kwargs: Any) -> FutureList[R]:
+        """Submit one run per element of the iterables among the arguments, all of one length.
+
+        Text, bytes, dicts and `unmapped(x)` go to every run as they are.
+
+        Raises:
+            NoActiveRunError: Outside of a flow run and an entered engine.
+            ValueError: No iterable, or different lengths.
+        """
+        return spread(self, args, kwargs)
+
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run from synchronous code and block until the end: starts a loop in a script, and uses the
+        parent's loop in the worker thread of a synchronous task.
+
+        Raises:
+            RunningLoopError: An event loop runs in this thread; `await t(…)` there.
+        """
+        return run_blocking(self.name, self.__call__, args, kwargs)
+
+    # --- options, keys, records
+
+    def with_options(self, **options: Unpack[TaskOptions]) -> Self:
+        """A new task with other options; those not named stay, `None` takes one back, zero is a value."""
+        made = self._with(options)
+        made._prefix = self._prefix
+        return made
+
+    async def cache_key(self, *args: P.args, **kwargs: P.kwargs) -> str | None:
+        """The key that this call would have here; None where it would not be cached."""
+        run = await self._begin(args, kwargs)
+        if not wanted(run, self):
+            return None
+        return (await key_of(run, self, policy_of(run, self))).text
+
+    async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Drop this call's record; whether there was one."""
+        run = await self._begin(args, kwargs)
+        policy = policy_of(run, self)
+        key = await key_of(run, self, policy)
+        if key.text is None:
+            return False
+        return await run.engine.records.invalidate(run.engine.place_for(run, policy), key.text)
+
+
+def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    return fn(*args, **kwargs)
+
+
+async def _perform_submitted(future: TaskFuture[Any], owner: Any) -> None:
+    """The asyncio task of a submitted run. Its outcome is the run's state, so that it raises crashes only."""
+    try:
+        state = await perform(future.run)
+        if state.type is not COMPLETED:
+            owner.failed.append(future)
+    except asyncio.CancelledError:
+        pass  # the state says Cancelled; who awaits the future hears of it there
+    finally:
+        owner.running.discard(future)
+
+
+@overload
+def task(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+@overload
+def task(fn: Callable[P, R], /) -> Task[P, R]: ...
+@overload
+def task(**options: Unpack[TaskOptions]) -> _Decorator: ...
+def task(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Make a function a task: `@task`, or `@task(retries=3, …)` with the options of `TaskOptions`."""
+    if fn is None:
+        return _Decorator(options)
+    return Task(fn, options)
+
+
+class _Decorator:
+    """`@task(…)`, waiting for its function."""
+
+    def __init__(self, options: Any) -> None:
+        self._options = options
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Task[P, R]: ...
+    def __call__(self, fn: Callable[..., Any], /) -> Any:
+        return Task(fn, self._options)
