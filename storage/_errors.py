@@ -16,6 +16,7 @@ StorageError
 │   ├── NewerRecordError                         written by a newer onceflow
 │   └── SignatureError                           signature missing or not by a known key
 └── SerializationError (TypeError)               a value that this serializer cannot carry
+    ├── UnreadableValueError                     a stored value that cannot be made again
     └── PickleRefusedError                       pickled bytes where pickle is not allowed
 
 Every error keeps what it was built from as attributes, builds its own message, and pickles.
@@ -173,6 +174,14 @@ class SerializationError(StorageError, TypeError):
     def __init__(self, serializer: str, reason: str) -> None:
         self.serializer, self.reason = serializer, reason
         super().__init__(f"The {serializer!r} serializer cannot carry this value: {reason}.")
+
+
+class UnreadableValueError(SerializationError):
+    """A stored value that cannot be made again: its class, its serializer or its layout is not there any more."""
+
+    def __init__(self, serializer: str, reason: str) -> None:
+        self.serializer, self.reason = serializer, reason
+        StorageError.__init__(self, f"A value stored by the {serializer!r} serializer cannot be read: {reason}.")
 
 
 class PickleRefusedError(SerializationError):
