@@ -35,14 +35,14 @@ def wanted(run: TaskRun | FlowRun, definition: Definition) -> bool:
     if persist is None:
         persist = _persist_above(run)
     if not persist:
-        run.reason = "ran: persistence is off"
+        if run.task is not None:
+            run.reason = "ran: persistence is off"
         return False
     settings = run.engine.settings
     if settings.tasks_disable_caching:
         run.reason = "ran: caching is disabled by the settings"
         return False
     if run.task is None and definition.cache_policy is None and definition.result_storage_key is None:
-        run.reason = "ran: the flow has no cache policy"
         return False
     return True
 

@@ -114,11 +114,12 @@ class Definition(Generic[P, R]):
     def _rule_from(self, retries: int, delays: Any) -> Retry:
         return retry_rule(retries, delays, self.retry_jitter_factor, self.retry_condition_fn is not None)
 
-    def rule_for(self, run: TaskRun | FlowRun) -> Retry:
-        """When a run tries again: as stated here, else as the settings say."""
-        if self._rule is None:
-            return self._rule_from(*self._default_retries(run))
-        return self._rule
+    def rule_for(self, run: TaskRun | FlowRun) -> Retry | None:
+        """When a run tries again: as stated here, else as the settings say; None for never."""
+        if self._rule is not None:
+            return self._rule
+        retries, delays = self._default_retries(run)
+        return self._rule_from(retries, delays) if retries else None
 
     def _default_retries(self, run: TaskRun | FlowRun) -> tuple[int, Any]:
         raise NotImplementedError

@@ -341,7 +341,7 @@ async def as_completed(
 # --- futures as arguments
 
 # Types that hold no future: whatever else an argument is made of is looked into.
-_LEAVES: frozenset[type] = frozenset(
+LEAVES: frozenset[type] = frozenset(
     {NoneType, bool, int, float, complex, str, bytes, bytearray, type, range, slice, FunctionType, ModuleType, CodeType}
 )
 _walks: dict[type, Callable[[Any], Sequence[Any]] | None] = {
@@ -370,7 +370,7 @@ def find_marked(value: Any, found: list[Any], seen: set[int]) -> None:
     A container of leaves costs one pass in C (`set(map(type, …))`), and none is walked twice.
     """
     kind = type(value)
-    if kind in _LEAVES:
+    if kind in LEAVES:
         return
     if issubclass(kind, (RunFuture, Annotation)):
         found.append(value)
@@ -385,16 +385,16 @@ def find_marked(value: Any, found: list[Any], seen: set[int]) -> None:
     seen.add(id(value))
     members = members_of(value)
     kinds = set(map(type, members))
-    if not kinds <= _LEAVES:
+    if not kinds <= LEAVES:
         for member in members:
-            if type(member) not in _LEAVES:
+            if type(member) not in LEAVES:
                 find_marked(member, found, seen)
 
 
 def replace_marked(value: Any, settled: dict[int, Any], memo: dict[int, Any]) -> Any:
     """The value with every marked part replaced; what holds none is the same object, structure is kept."""
     kind = type(value)
-    if kind in _LEAVES:
+    if kind in LEAVES:
         return value
     if id(value) in settled:
         return settled[id(value)]

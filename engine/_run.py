@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import _caching
 from ._context import FlowRun, Run, TaskRun, current_run
 from ._errors import RunTimeoutError, UpstreamFailedError
-from ._futures import _LEAVES, NotReady, find_marked, replace_marked, settle
+from ._futures import LEAVES, NotReady, find_marked, replace_marked, settle
 from ._kernel import Do
 from ._logging import INFO, logger
 from ._states import COMPLETED, FAILED, State
@@ -30,8 +30,8 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     definition: Task[..., Any] | Flow[..., Any] = run.task or run.flow  # type: ignore[assignment]
     token: Token[Any] = current_run.set(run)
     try:
-        if run.task is not None:
-            await _resolve(run)  # type: ignore[arg-type]
+        if run.task is not None and (marked := _marked(run)):
+            await _resolve(run, marked)
         if _caching.wanted(run, definition):
             await _caching.perform(run, definition, attempts)
         else:
@@ -41,11 +41,7 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
         await _end(run, definition)
         raise
     except NotReady as error:
-        upstream = error.upstream
-        cause = UpstreamFailedError(upstream.name, repr(upstream.state))
-        cause.__cause__ = upstream.state.error()
-        run.enter("not_ready", cause, str(cause))
-        run.reason = "did not run: upstream failed"
+        _not_ready(run, error.upstream)
     except Exception as error:  # what the engine itself could not do: a configuration error, for one
         run.enter("fail", error, f"{type(error).__name__}: {error}")
     except BaseException as error:
@@ -59,36 +55,53 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     return run.states[-1]
 
 
-async def _resolve(run: TaskRun) -> None:
-    """Await the futures among the arguments, and put their values in their places."""
+def _marked(run: TaskRun) -> list[Any]:
+    """The futures and annotations among the arguments, at any depth."""
     marked: list[Any] = []
-    seen: set[int] = set()
     for value in run.args:
-        if type(value) not in _LEAVES:
-            find_marked(value, marked, seen)
-    for value in run.kwargs.values():
-        if type(value) not in _LEAVES:
-            find_marked(value, marked, seen)
+        if type(value) not in LEAVES:
+            find_marked(value, marked, set())
+    if run.kwargs:
+        find_marked(run.kwargs, marked, set())
     if run.wait_for:
-        find_marked(list(run.wait_for), marked, seen)
-    if not marked:
-        return
+        find_marked(list(run.wait_for), marked, set())
+    return marked
+
+
+async def _resolve(run: TaskRun, marked: list[Any]) -> None:
+    """Await the futures among the arguments, and put their values in their places."""
     settled = await settle(marked)
     memo: dict[int, Any] = {}
-    run.args = tuple(replace_marked(value, settled, memo) for value in run.args)
+    run.args = tuple([replace_marked(value, settled, memo) for value in run.args])
     run.kwargs = {name: replace_marked(value, settled, memo) for name, value in run.kwargs.items()}
+
+
+def _not_ready(run: TaskRun | FlowRun, upstream: Run) -> None:
+    error = UpstreamFailedError(upstream.name, repr(upstream.state))
+    error.__cause__ = upstream.state.error()
+    run.enter("not_ready", error, str(error))
+    run.reason = "did not run: upstream failed"
 
 
 async def attempts(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> None:
     """Run the body as often as the kernel says. Ends in a final state, or raises a cancellation or a crash."""
-    run.rule = definition.rule_for(run)
+    if (rule := definition.rule_for(run)) is not None:
+        run.rule = rule
     run.start()
     do = Do.RUN
     while do is not Do.FINISH:
         if do is Do.RUN:
-            if "on_running" in definition.hooks:
+            if definition.hooks and "on_running" in definition.hooks:
                 await call_hooks(run, definition, "on_running")
-            do = await _attempt(run, definition)
+            if definition.timeout_seconds is not None:
+                do = await _attempt_within(run, definition, definition.timeout_seconds)
+                continue
+            try:
+                value = await definition.body(run)
+            except Exception as error:
+                do = run.raised(error)
+            else:
+                do = run.returned(value)
         elif do is Do.ASK:
             do = run.decide(await _condition(run, definition))
         else:
@@ -101,15 +114,10 @@ async def attempts(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[...
             do = Do.RUN
 
 
-async def _attempt(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> Do:
-    """Run the body once and tell the kernel how it ended."""
-    seconds = definition.timeout_seconds
-    if seconds is None:
-        try:
-            value = await definition.body(run)
-        except Exception as error:
-            return run.raised(error)
-        return run.returned(value)
+async def _attempt_within(
+    run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any], seconds: float
+) -> Do:
+    """Run the body once, for `seconds` at most, and tell the kernel how it ended."""
     limit = asyncio.timeout(seconds)
     try:
         async with limit:
