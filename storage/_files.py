@@ -232,7 +232,7 @@ class Draft:
             raise Unwanted
         if not (if_absent and self._link(target)):
             with locked(self.folder):
-                if if_absent and os.path.lexists(target):
+                if if_absent and exists(target):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
                 if if_version is not None:
                     check_version(target, if_version)
@@ -266,16 +266,25 @@ def remove(folder: str, target: str, if_version: str | None, durable: bool) -> b
     Raises:
         Mismatch: `if_version` is another. Nothing is removed.
     """
-    if not os.path.lexists(target):
+    if not exists(target):
         return False  # and the folder, which would be locked, may be missing as well
     with locked(folder):
-        if not os.path.lexists(target):
+        if not exists(target):
             return False
         if if_version is not None:
             check_version(target, if_version)
         os.unlink(target)
     if durable:
         _sync(folder)
+    return True
+
+
+def exists(path: str) -> bool:
+    """Whether something has this name; not os.path.lexists, to which every error means no."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
     return True
 
 

@@ -126,7 +126,7 @@ def _options(parts: SplitResult, known: Mapping[str, Convert]) -> dict[str, Any]
             options[name] = convert(value)
         except ValueError:
             raise StorageConfigurationError(
-                f"The URL's option {name}={value!r} is no {convert.__name__.lstrip('_')}.",
+                f"The URL's option {name}={value!r} is no number.",
                 f"Write {name}=8, say.",
             ) from None
     return options

@@ -9,8 +9,8 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-
-from onceflow.storage import LocalStorage, MemoryStorage, Storage
+from onceflow.storage import LocalStorage, MemoryStorage, S3Storage, Storage
+from s3_servers import new_prefix, s3_bucket, s3_server
 
 Store = Callable[[pytest.FixtureRequest, Path], AbstractAsyncContextManager[Storage]]
 
@@ -41,13 +41,33 @@ async def local_by_thread(request: pytest.FixtureRequest, folder: Path) -> Async
         yield storage
 
 
+@pytest.fixture
+def s3_at(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The endpoint and the bucket of the S3 server of this run, with its keys in the environment.
+
+    A plain fixture, because starting the server blocks; it happens once a run.
+    """
+    server = s3_server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server.endpoint_url, s3_bucket()
+
+
+@asynccontextmanager
+async def s3(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Storage]:
+    endpoint_url, bucket = request.getfixturevalue("s3_at")
+    async with S3Storage(bucket, new_prefix(), endpoint_url=endpoint_url, part_size=5 * 1024**2) as storage:
+        yield storage
+
+
 STORES: dict[str, Store] = {
     "memory": memory,
     "local": local,
     "local_power": local_power,
     "local_by_thread": local_by_thread,
+    "s3": s3,
 }
-"""Each makes an empty store, given the request (for servers: `request.getfixturevalue`) and an empty folder."""
+"""Each makes an empty store, given the request (`request.getfixturevalue` starts servers) and a folder."""
 
 
 @pytest.fixture(params=STORES)

@@ -7,7 +7,6 @@ import pickle
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-
 from onceflow.storage import (
     ObjectExistsError,
     ObjectNotFoundError,
@@ -525,7 +524,7 @@ async def test_a_pickled_storage_is_the_same_store(storage: Storage, fresh: Fres
 
 
 async def test_the_url_makes_an_equal_storage(storage: Storage) -> None:
-    """`storage_from_url(storage.url)` is a storage of the same store, with the same URL; the repr shows it."""
+    """`storage_from_url(storage.url)` is a storage of the same store, and the repr shows the URL."""
     await storage.write("key", b"content")
     async with storage_from_url(storage.url) as other:
         assert other.url == storage.url

@@ -1,0 +1,122 @@
+"""Another process at a store, for tests: `python storage_worker.py <work> <url> <argument>…`.
+
+Each work prints a line when it is under way, so that a test can kill it, and its result at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+from onceflow.storage import ObjectExistsError, Storage, StorageError, VersionMismatchError, storage_from_url
+from until import until
+
+
+async def count(storage: Storage, times: str, tasks: str) -> int:
+    """Add one to the counter, `times` times in each of `tasks` tasks, by read and write-if-version."""
+
+    async def add() -> None:
+        for _ in range(int(times)):
+            while True:
+                stored = await storage.fetch("counter")
+                assert stored is not None
+                number = int(bytes(stored.data)) + 1
+                try:
+                    await storage.write("counter", b"%d" % number, if_version=stored.version)
+                    break
+                except VersionMismatchError:
+                    pass
+
+    await asyncio.gather(*(add() for _ in range(int(tasks))))
+    return int(times) * int(tasks)
+
+
+async def create(storage: Storage, rounds: str) -> list[int]:
+    """The rounds in which this process was the one that created the object."""
+    won = []
+    for turn in range(int(rounds)):
+        try:
+            await storage.write(f"round{turn}", str(os.getpid()).encode(), if_absent=True)
+            won.append(turn)
+        except ObjectExistsError:
+            pass
+    return won
+
+
+async def replace(storage: Storage, size: str) -> None:
+    """Replace one object for ever, each time by another byte: whole, streamed, or after a removal."""
+
+    async def pieces(content: bytes) -> Any:
+        for start in range(0, len(content), 700_000):
+            yield content[start : start + 700_000]
+
+    turn = os.getpid()
+    while True:
+        turn += 1
+        digit = turn % 10
+        content = b"%d" % digit * (int(size) + digit)
+        version = await storage.write("object", pieces(content) if turn % 3 == 0 else content)
+        if turn % 5 == 0:
+            try:
+                await storage.delete("object", if_version=version)
+            except VersionMismatchError:
+                pass
+
+
+async def check(storage: Storage, size: str) -> int:
+    """Read the object until there is one named `stop`; how often it was there, and whole each time."""
+    found = 0
+    while await storage.stat("stop") is None:
+        try:
+            content = await storage.read("object")
+        except FileNotFoundError:
+            continue
+        digit = content[:1]
+        assert content == digit * (int(size) + int(digit)), "a torn read"
+        found += 1
+    return found
+
+
+async def fork(storage: Storage) -> str:
+    """Use the storage, fork while its threads live, and use it in the child."""
+    await storage.write("parent", b"before")
+    child = os.fork()
+    if child == 0:
+        # The child has the loop's memory but none of its threads: it starts a loop of its own.
+        asyncio._set_running_loop(None)
+        asyncio.run(storage.write("child", b"written"))
+        os._exit(0)
+    await until(lambda: os.waitpid(child, os.WNOHANG) != (0, 0))
+    await storage.write("parent", b"after")
+    return (await storage.read("child")).decode()
+
+
+async def limited(storage: Storage, which: str) -> str:
+    """What a write says under a limit of the process, and that it works again without."""
+    kind = {"size": resource.RLIMIT_FSIZE, "files": resource.RLIMIT_NOFILE}[which]
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    await storage.write("key", b"old")
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, ({"size": 100_000, "files": 3}[which], hard))
+    try:
+        await storage.write("key", bytes(200_000))
+        return "written"
+    except StorageError as error:
+        resource.setrlimit(kind, (soft, hard))
+        assert await storage.read("key") == b"old"
+        await storage.write("key", b"new")
+        return f"{type(error).__name__}: {error}"
+
+
+async def main(work: str, url: str, *arguments: str) -> None:
+    async with storage_from_url(url) as storage:
+        print("under way", flush=True)
+        print(await globals()[work](storage, *arguments), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
