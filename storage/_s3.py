@@ -268,8 +268,8 @@ class S3Storage(Storage):
                 except ValueError:
                     continue  # not ours, or the object of a probe
                 if key.startswith(prefix):
-                    modified = found["LastModified"].timestamp()
-                    yield Stat(key, int(found["Size"]), str(Version(found["ETag"].strip('"'))), modified)
+                    modified = found["LastModified"].timestamp() // 1  # as a HEAD has it
+                    yield Stat(key, int(found["Size"]), str(Version.of(found)), modified)
             if not page.get("IsTruncated"):
                 return
             params["ContinuationToken"] = page["NextContinuationToken"]

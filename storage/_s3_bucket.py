@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,8 @@ _SLOWEST = 256 * 1024
 """Bytes a second that a transfer may count on: a large part is given more time than a small object."""
 
 _log = logging.getLogger("onceflow.storage")
+
+_NO_SLOT = contextlib.nullcontext()
 
 _MOST_ATTEMPTS = 12
 _TIDYING = 5.0
@@ -87,11 +90,18 @@ class Bucket:
         return Deadline(self, operation, key, size)
 
     async def once(
-        self, method: str, deadline: Deadline, consume: Consume[T] | None = None, **params: Any
+        self,
+        method: str,
+        deadline: Deadline,
+        consume: Consume[T] | None = None,
+        *,
+        slot: bool = True,
+        **params: Any,
     ) -> T | Any:
         """Send one request and return what `consume` makes of the response, or the response itself.
 
         `consume` runs while the request holds its connection slot and its time; it may reschedule the time.
+        Without `slot` the caller holds one already.
 
         Raises:
             Answer: The server answered something that the caller decides about, or nothing usable.
@@ -99,12 +109,11 @@ class Bucket:
         """
         try:
             own = await self.clients.get()
-            async with own.slots:
-                async with asyncio.timeout_at(deadline.attempt()) as timer:
-                    response = await getattr(own.client, method)(Bucket=self.name, **params)
-                    result = response if consume is None else await consume(response, timer)
-                self._seen = True
-                return result
+            async with own.slots if slot else _NO_SLOT, asyncio.timeout_at(deadline.attempt()) as timer:
+                response = await getattr(own.client, method)(Bucket=self.name, **params)
+                result = response if consume is None else await consume(response, timer)
+            self._seen = True
+            return result
         except (Answer, StorageError):
             raise
         except Exception as error:
@@ -116,12 +125,18 @@ class Bucket:
             raise meaning from error
 
     async def retried(
-        self, method: str, deadline: Deadline, consume: Consume[T] | None = None, **params: Any
+        self,
+        method: str,
+        deadline: Deadline,
+        consume: Consume[T] | None = None,
+        *,
+        slot: bool = True,
+        **params: Any,
     ) -> T | Any:
         """`once`, again while the answer is `Unknown` and there is time: for what may be repeated."""
         while True:
             try:
-                return await self.once(method, deadline, consume, **params)
+                return await self.once(method, deadline, consume, slot=slot, **params)
             except Unknown as unknown:
                 await deadline.pause(unknown)
 

@@ -118,7 +118,7 @@ class Read:
         return buffer
 
     async def part(self, start: int, target: memoryview, version: Version) -> None:
-        """Fill `target` with the bytes from `start`, counted as the whole read counts them."""
+        """Fill `target` with the bytes from `start` of what is read. The caller holds a connection slot."""
 
         async def take(response: dict[str, Any], _: asyncio.Timeout) -> None:
             try:
@@ -135,7 +135,7 @@ class Read:
         deadline = self._bucket.deadline("read", self._key, len(target))
         wanted = f"bytes={first}-{first + len(target) - 1}"
         try:
-            await self._bucket.retried("get_object", deadline, take, Key=self._name, Range=wanted)
+            await self._bucket.retried("get_object", deadline, take, slot=False, Key=self._name, Range=wanted)
         except (Missing, OutOfRange):
             raise ChangedMeanwhile from None
 
@@ -167,45 +167,60 @@ class _Parts:
     """The first answer goes on delivering from the front, ranged requests from the back, until they meet.
 
     So that no byte is asked for twice, and a store that serves one stream fastest is read by one stream.
+    The front has a connection slot and never waits for another; a helper takes its slot before it takes a
+    part. Many large reads on few connections would otherwise wait for each other's slots.
     """
 
     def __init__(self, bucket: Bucket, read: Read, buffer: memoryview, version: Version) -> None:
         self._bucket, self._read, self._buffer, self._version = bucket, read, buffer, version
         self._todo = read.plan(len(buffer))
+        self._waiting: set[asyncio.Task[None]] = set()
 
     async def run(self, body: Any) -> None:
-        helpers = min(self._read.concurrency - 1, len(self._todo) - 1)
+        helpers = min(self._read.concurrency, len(self._todo)) - 1
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._front(body))
                 for _ in range(helpers):
-                    group.create_task(self._back())
+                    self._waiting.add(group.create_task(self._back()))
+                await self._front(body)
+                for helper in self._waiting:
+                    helper.cancel()  # there is nothing left to wait for a slot for
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
     async def _front(self, body: Any) -> None:
-        position, broken = 0, False
-        while self._todo and not broken:
+        position = 0
+        while self._todo:
             start, end = self._todo.popleft()
             target = self._buffer[start:end]
             try:
                 deadline = self._bucket.deadline("read", "", len(target))
                 async with asyncio.timeout_at(deadline.attempt()):
                     await _fill_exactly(target, body)
-                position = end
-            except Exception:  # noqa: BLE001 - whatever broke the stream, the part is asked for again by its range, and that tells
-                broken = True
-                await self._read.part(start, target, self._version)
-        if broken or position < len(self._buffer):
-            body.close()
-        else:
+            except Exception:  # noqa: BLE001 - whatever broke the stream: the range is asked for, and tells
+                self._todo.appendleft((start, end))
+                break
+            position = end
+        if position == len(self._buffer):
             await body.read()  # the end, which lets the connection go back to the pool
-        await self._back()
+            return
+        body.close()
+        while self._todo:
+            start, end = self._todo.popleft()
+            await self._read.part(start, self._buffer[start:end], self._version)
 
     async def _back(self) -> None:
+        own = await self._bucket.clients.get()
+        task = asyncio.current_task()
+        assert task is not None
         while self._todo:
-            start, end = self._todo.pop()
-            await self._read.part(start, self._buffer[start:end], self._version)
+            self._waiting.add(task)
+            async with own.slots:
+                self._waiting.discard(task)
+                if self._todo:
+                    start, end = self._todo.pop()
+                    await self._read.part(start, self._buffer[start:end], self._version)
+        self._waiting.discard(task)
 
 
 def _new_buffer(length: int) -> memoryview:

@@ -118,6 +118,8 @@ class Storage(ABC):
         """Every object whose key begins with `prefix`, in no promised order, as a stream of any length.
 
         A key too long to be a name is listed by its alias `~<sha256>`, which every method accepts for it.
+        A listed version serves every condition; on S3 it is shorter than the one that `stat` tells, because
+        a listing does not have the metadata.
         """
 
     async def ensure_conditional(self) -> None:

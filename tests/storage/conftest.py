@@ -43,10 +43,7 @@ async def local_by_thread(request: pytest.FixtureRequest, folder: Path) -> Async
 
 @pytest.fixture
 def s3_at(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """The endpoint and the bucket of the S3 server of this run, with its keys in the environment.
-
-    A plain fixture, because starting the server blocks; it happens once a run.
-    """
+    """The endpoint and the bucket of the S3 server of this run, with its keys in the environment."""
     server = s3_server()
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
@@ -71,9 +68,17 @@ STORES: dict[str, Store] = {
 
 
 @pytest.fixture(params=STORES)
-async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Storage]:
+def kind(request: pytest.FixtureRequest) -> str:
+    """The name of a store, with its server started: that blocks, so it happens outside of the loop."""
+    if request.param == "s3":
+        request.getfixturevalue("s3_at")
+    return str(request.param)
+
+
+@pytest.fixture
+async def storage(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> AsyncIterator[Storage]:
     """An empty store of the kind, closed afterwards."""
-    async with STORES[request.param](request, tmp_path) as one:
+    async with STORES[kind](request, tmp_path) as one:
         yield one
 
 

@@ -437,8 +437,11 @@ async def test_list(storage: Storage) -> None:
     assert await keys(storage, "job/1") == sorted(key for key in written if key.startswith("job/1"))
     assert await keys(storage, "none") == []
     async for stat in storage.list("jobs"):
-        assert stat == await storage.stat("jobs/1")
-        assert (stat.size, stat.version) == (6, versions["jobs/1"])
+        told = await storage.stat("jobs/1")
+        assert told is not None
+        assert (stat.key, stat.size, stat.modified) == (told.key, told.size, told.modified)
+        assert await storage.fetch("jobs/1", if_version=stat.version)
+        assert (told.size, told.version) == (6, versions["jobs/1"])
 
 
 async def test_a_listing_may_be_left(storage: Storage) -> None:
