@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 from ._context import FlowRun, TaskRun, current_run, current_tags
 from ._definition import Definition, check_no_wait_for
 from ._engine import Engine, ambient, ambient_now, current_engine
-from ._futures import RunFuture, find_marked, replace_marked, settle
+from ._futures import FutureList, RunFuture, find_marked, replace_marked, settle
 from ._options import FlowOptions
 from ._parameters import Validator
 from ._policies import CachePolicy
@@ -130,7 +130,7 @@ async def _resolve(value: Any) -> Any:
     """A flow may return futures: their values are its result."""
     marked: list[Any] = []
     find_marked(value, marked, set())
-    futures = [part for part in marked if isinstance(part, RunFuture)]
+    futures = [part for part in marked if isinstance(part, (RunFuture, FutureList))]
     if not futures:
         return value
     for future in futures:

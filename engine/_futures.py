@@ -184,10 +184,16 @@ class FlowFuture(RunFuture[R]):
 
 
 class FutureList(list["TaskFuture[R]"]):
-    """The futures of `map`, in input order. Await it for the list of values; the first failure is raised at once."""
+    """The futures of `map`, in input order. Await it for the list of values; the first failure is raised at once.
+
+    As an argument of a task it stands for that list of values.
+    """
 
     def __await__(self) -> Generator[Any, None, list[R]]:
         return self.result().__await__()
+
+    async def _filled(self) -> None:
+        """Return when the futures exist."""
 
     async def wait(self, timeout: float | None = None) -> list[State[R]]:
         """Wait for all, `timeout` seconds at most, and return the states then."""
@@ -372,7 +378,7 @@ def find_marked(value: Any, found: list[Any], seen: set[int]) -> None:
     kind = type(value)
     if kind in LEAVES:
         return
-    if issubclass(kind, (RunFuture, Annotation)):
+    if issubclass(kind, (RunFuture, Annotation, FutureList)):
         found.append(value)
         if isinstance(value, allow_failure):
             find_marked(value.value, found, seen)
@@ -452,7 +458,10 @@ async def settle(marked: Sequence[Any]) -> dict[int, Any]:
         NotReady: A future that is not under `allow_failure` did not complete.
     """
     settled: dict[int, Any] = {}
-    futures = [part for part in marked if isinstance(part, RunFuture)]
+    lists = [part for part in marked if isinstance(part, FutureList)]
+    for each in lists:
+        await each._filled()
+    futures = [part for part in marked if isinstance(part, RunFuture)] + [future for each in lists for future in each]
     forgiven = {
         id(inner)
         for part in marked
@@ -473,12 +482,19 @@ async def settle(marked: Sequence[Any]) -> dict[int, Any]:
             settled[id(part)] = replace_marked(part.value, settled, {})
         elif isinstance(part, Annotation):
             settled[id(part)] = part.value
+        elif isinstance(part, FutureList):
+            settled[id(part)] = [settled[id(future)] for future in part]
     return settled
 
 
 def _futures_in(value: Any) -> list[Any]:
     found: list[Any] = []
     find_marked(value, found, set())
-    return [part for part in found if isinstance(part, RunFuture)]
+    return [
+        future
+        for part in found
+        for future in (part if isinstance(part, FutureList) else [part])
+        if isinstance(future, RunFuture)
+    ]
 
 

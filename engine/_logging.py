@@ -18,14 +18,19 @@ class _Formatter(logging.Formatter):
         super().__init__("%(asctime)s.%(msecs)03d | %(levelname)-7s | %(message)s", datefmt="%H:%M:%S")
 
 
+class _Handler(logging.StreamHandler[Any]):
+    """Writes to stderr; its type tells it from the program's own handlers."""
+
+
 def show(level: str | int | None = None) -> None:
     """Print onceflow's lines to stderr from `level` on, unless the program has set up logging itself."""
-    if logger.hasHandlers():
-        return
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter())
-    logger.addHandler(handler)
-    logger.setLevel(level or INFO)
+    if not logger.hasHandlers():
+        handler = _Handler()
+        handler.setFormatter(_Formatter())
+        logger.addHandler(handler)
+        logger.setLevel(level or INFO)
+    elif level is not None and any(isinstance(handler, _Handler) for handler in logger.handlers):
+        logger.setLevel(level)  # run() shows the lines before the engine has read the settings
 
 
 def get_run_logger() -> logging.LoggerAdapter[logging.Logger]:
