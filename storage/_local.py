@@ -11,7 +11,9 @@ from urllib.parse import quote
 
 from . import _files as files
 from ._data import buffers_of
+from ._drafts import Draft, sweep
 from ._errors import StorageClosedError, StorageConfigurationError, StorageError, VersionMismatchError
+from ._folders import SUPPORTED, remove
 from ._hops import Hops
 from ._names import key_of, name_of, name_prefix
 from ._oserrors import edge, translated
@@ -53,7 +55,7 @@ class LocalStorage(Storage):
         durability: Literal["process", "power"] = "process",
         threads: int = DEFAULT_THREADS,
     ) -> None:
-        if not files.SUPPORTED:
+        if not SUPPORTED:
             raise StorageConfigurationError(
                 "LocalStorage needs the file locks of Linux or macOS.",
                 "Use S3Storage, MemoryStorage, or WSL.",
@@ -126,7 +128,7 @@ class LocalStorage(Storage):
         if if_absent and if_version is not None:
             raise ValueError("A write is only-if-absent or only-if-version, never both. Leave one out.")
         target = self._file(key)
-        draft = files.Draft(self.path, self._durable)
+        draft = Draft(self.path, self._durable)
         if isinstance(data, AsyncIterable):
             version = await self._write_stream(key, draft, target, data, if_absent, if_version)
         else:
@@ -139,13 +141,13 @@ class LocalStorage(Storage):
                 raise self._translated(error, "write", key, if_version) from error
         if self.path not in _swept:
             _swept.add(self.path)
-            self._hops.later(partial(files.sweep, self.path))
+            self._hops.later(partial(sweep, self.path))
         return version
 
     async def _write_stream(
         self,
         key: str,
-        draft: files.Draft,
+        draft: Draft,
         target: str,
         stream: AsyncIterable[Buffer],
         if_absent: bool,
@@ -183,7 +185,7 @@ class LocalStorage(Storage):
         """See `Storage.delete`. One hop."""
         target = self._file(key)
         try:
-            return await self._hops.run(files.remove, self.path, target, if_version, self._durable)
+            return await self._hops.run(remove, self.path, target, if_version, self._durable)
         except (OSError, files.Mismatch) as error:
             raise self._translated(error, "delete", key, if_version) from error
 

@@ -6,7 +6,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from ._data import buffers_of
-from ._files import Draft
+from ._drafts import Draft
 from ._owned import to_the_end
 from ._storage import Buffer
 

@@ -27,6 +27,7 @@ from onceflow.storage import (
     StorageUnavailableError,
 )
 from onceflow.storage import _files as files
+from onceflow.storage._drafts import DRAFT, PIECE
 from onceflow.storage._oserrors import translated
 from until import until
 
@@ -343,7 +344,7 @@ async def test_a_running_hop_is_awaited(tmp_path: Path) -> None:
 async def test_a_cancelled_large_write_stops_soon(local: LocalStorage) -> None:
     """A large write that is cancelled while it runs leaves the old object and no draft behind."""
     await local.write("key", b"old")
-    content = bytes(4 * files.PIECE)
+    content = bytes(4 * PIECE)
     writing = asyncio.create_task(local.write("key", [content] * 20))
     await until(lambda: asyncio.to_thread(lambda: drafts(folder(local)) != []))
     writing.cancel()
@@ -549,7 +550,7 @@ def test_killed_writers_tear_nothing(tmp_path: Path) -> None:
     asyncio.run(storage.write("object", b"3" * (size + 3)))  # the lock of a dead writer is nobody's
     asyncio.run(storage.write("stop", b""))
     assert int(result(reader)) > 0
-    assert {name for name in os.listdir(tmp_path) if not name.startswith(files.DRAFT)} == {"object", "stop"}
+    assert {name for name in os.listdir(tmp_path) if not name.startswith(DRAFT)} == {"object", "stop"}
 
 
 def test_a_forked_child_goes_on(tmp_path: Path) -> None:
