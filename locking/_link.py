@@ -8,7 +8,7 @@ loop, by a parked asynchronous generator: `asyncio.run`, pytest-asyncio and uvic
 from __future__ import annotations
 
 import asyncio
-import importlib
+import importlib.util
 import random
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -43,6 +43,7 @@ class Link:
             socket_connect_timeout=seconds,
             socket_keepalive=True,
             retry=Retry(NoBackoff(), 0),
+            **_anonymous(),
         )
         self._client: Any = redis.Redis.from_pool(pool)
         self._loop = asyncio.get_running_loop()
@@ -183,3 +184,10 @@ class Link:
             confirmed.set()
         if message["type"] in ("subscribe", "message"):
             self._freed(key)
+
+
+def _anonymous() -> dict[str, Any]:
+    """Options that keep redis-py from reading its own version from disk, on the loop, to tell it the server."""
+    if importlib.util.find_spec("redis.driver_info") is None:
+        return {"lib_name": None, "lib_version": None}  # before redis-py 7.2
+    return {"driver_info": None}
