@@ -188,15 +188,17 @@ class _Encoder:
             except UnicodeEncodeError:
                 pass
         pieces = _Row()
-        items = iter(values.items())
-        while batch := [*islice(items, _BATCH)]:
-            if len(values) > _BATCH and all(_is_plain(side) for side in zip(*batch, strict=True)):
+        keys, items = iter(values), iter(values.values())
+        while some := [*islice(keys, _BATCH)]:
+            batch = [*islice(items, _BATCH)]
+            if len(values) > _BATCH and _is_plain(some) and _is_plain(batch):
                 try:
-                    pieces.add(len(batch), self._pack(dict(batch))[1 if len(batch) < 16 else 3 :])
+                    body = self._pack(dict(zip(some, batch, strict=True)))
+                    pieces.add(len(batch), body[1 if len(batch) < 16 else 3 :])
                     continue
                 except UnicodeEncodeError:
                     pass
-            for key, item in batch:
+            for key, item in zip(some, batch, strict=True):
                 pieces.add(1, self._key(key) + self._item(key, item))
         return self._finish(pieces, _dict_start, is_dict=True)
 

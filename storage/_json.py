@@ -20,6 +20,7 @@ from ._kinds import FLOAT, INT, KINDS, TEXT, Context, Kind, Raw, Unreadable, Uns
 from ._storage import Buffer
 
 _BATCH = 256
+_PARTS = 4096
 _LONGEST_INT = 2000  # bits; Python refuses to read or write long decimal numbers
 _WRITTEN_AS_IT_IS = frozenset({int, float, bool, type(None), str})
 _to_text: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -42,7 +43,7 @@ def dumps(value: Any) -> list[Buffer]:
         raise SerializationError("json", "value is nested too deeply") from None
     except RuntimeError as error:  # "dictionary changed size during iteration"
         raise SerializationError("json", f"value changed meanwhile ({error})") from error
-    return [b"".join(writer.out)]
+    return [writer.text()]
 
 
 def loads(segments: Sequence[Buffer], *, imports: bool = False) -> Any:
@@ -61,12 +62,25 @@ def loads(segments: Sequence[Buffer], *, imports: bool = False) -> Any:
 
 
 class _Writer:
-    __slots__ = ("_depth", "_found", "out")
+    __slots__ = ("_depth", "_done", "_found", "out")
 
     def __init__(self) -> None:
         self.out: list[bytes] = []
+        self._done = bytearray()
         self._depth = 0
         self._found: dict[type, Kind] = {}
+
+    def text(self) -> Buffer:
+        """All that was written."""
+        if not self._done:
+            return b"".join(self.out)
+        self._join()
+        return self._done
+
+    def _join(self) -> None:
+        """Put together what there is: joining millions of parts at the end would hold the GIL for 0.5 s."""
+        self._done += b"".join(self.out)
+        self.out.clear()
 
     def write(self, value: Any) -> None:
         if type(value) in _WRITTEN_AS_IT_IS:
@@ -138,6 +152,8 @@ class _Writer:
         for index, value in enumerate(values):
             if index:
                 self.out.append(b", ")
+            if len(self.out) > _PARTS:
+                self._join()
             try:
                 self.write(value)
             except Unsupported as error:
@@ -177,6 +193,8 @@ class _Writer:
         self.out.append(b"]}")
 
     def _value(self, key: Any, value: Any) -> None:
+        if len(self.out) > _PARTS:
+            self._join()
         try:
             self.write(value)
         except Unsupported as error:

@@ -101,6 +101,14 @@ class Registered:
 
 copyreg.pickle(Registered, lambda value: (Registered, (value.a,)))
 
+
+def a_local_member() -> enum.Enum:
+    class Local(enum.Enum):
+        A = 1
+
+    return Local.A
+
+
 KEYLESS = ZoneInfo.from_file(io.BytesIO(b"TZif" + bytes(35) + b"\1" + bytes(3) + b"\4" + bytes(6) + b"UTC\0"))
 
 UNSUPPORTED = [
@@ -112,7 +120,7 @@ UNSUPPORTED = [
     np.dtype("i4", metadata={"a": 1}), np.zeros(1, [(("title", "name"), "i4")]), (_ for _ in "a"),
     threading.Lock(),
     datetime(2024, 1, 1, tzinfo=KEYLESS), time(1, tzinfo=KEYLESS), KEYLESS,
-    make_dataclass("Local", ["a"])(1), enum.Enum("Made", "A")(1),
+    make_dataclass("Local", ["a"])(1), a_local_member(),
 ]  # fmt: skip
 
 

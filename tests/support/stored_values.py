@@ -221,19 +221,28 @@ def _hashable_containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any
     )  # fmt: skip
 
 
-leaves = st.deferred(lambda: _leaves)  # deferred strategies have short names in hypothesis's reports
-_hashable = st.recursive(leaves, _hashable_containers, max_leaves=8)
-hashable: st.SearchStrategy[Any] = st.deferred(lambda: _hashable)
+@st.composite
+def _leaf(draw: st.DrawFn) -> Any:
+    return draw(_leaves)  # composite strategies have short names in hypothesis's reports
+
+
+_hashable_values = st.recursive(_leaf(), _hashable_containers, max_leaves=8)
+
+
+@st.composite
+def _hashable(draw: st.DrawFn) -> Any:
+    return draw(_hashable_values)
 
 
 def _containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(
-        st.lists(inner, max_size=5), st.lists(inner, max_size=5).map(tuple), st.sets(hashable, max_size=4),
-        st.dictionaries(hashable, inner, max_size=5), st.dictionaries(st.text("$abtuple"), inner, max_size=3),
+        st.lists(inner, max_size=5), st.lists(inner, max_size=5).map(tuple), st.sets(_hashable(), max_size=4),
+        st.dictionaries(_hashable(), inner, max_size=5),
+        st.dictionaries(st.text("$abtuple"), inner, max_size=3),
         st.dictionaries(st.text("$a"), inner, max_size=4).map(OrderedDict), st.binary().map(bytearray),
         st.lists(inner, max_size=4).map(deque), st.builds(Plain, inner, inner), st.builds(Slotted, inner),
         st.builds(FrozenSlotted, inner), st.builds(Pair, inner, inner),
     )  # fmt: skip
 
 
-values: st.SearchStrategy[Any] = st.recursive(leaves | hashable, _containers, max_leaves=25)
+values: st.SearchStrategy[Any] = st.recursive(_leaf() | _hashable(), _containers, max_leaves=25)
