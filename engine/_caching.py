@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..storage import StorageError
 from . import _policies
 from ._context import FlowRun, TaskRun, new_id
-from ._errors import EngineError, UncacheableInputError
+from ._errors import CacheKeyError, EngineError, UncacheableInputError
 from ._logging import INFO, logger
-from ._policies import CacheKeyError, CachePolicy, ComponentPolicy, Components, NonePolicy, key_from
+from ._policies import CachePolicy, ComponentPolicy, Components, NonePolicy, key_from
 from ._records import Facts, Hit, Place, ago
 from ._states import COMPLETED, FAILED
 
@@ -151,19 +151,15 @@ async def _key_of(run: TaskRun | FlowRun, policy: CachePolicy) -> Key:
                 found = await run.engine.in_thread(part.components, run, inputs, flow_parameters)
             else:
                 found = part.components(run, inputs, flow_parameters)
-            components.update(found)
+            _policies.merge(components, found)
             continue
         text = part.compute_key(run, inputs, flow_parameters)
         if inspect.isawaitable(text):
             text = await text
-        if text is not None and not isinstance(text, str):
-            raise CacheKeyError(
-                f"{part!r} returned {text!r} ({type(text).__name__}) where a cache key must be text or None.",
-                "Return str(…), or None for \"not cached\".",
-            )
+        found = _policies.custom(part, text)
         if part is policy:  # a key function's text, and that of a policy of the user's own, is the key, verbatim
-            return Key(text or None, {f"key of {part!r}": text or ""}, "the key function returned no key")
-        components[f"policy {part!r}"] = text and _policies._fingerprint.digest(text) or ""
+            return Key(text or None, found, "the key function returned no key")
+        _policies.merge(components, found)
     return Key(key_from(components), components, "the policy has nothing to make a key of")
 
 

@@ -2,6 +2,7 @@
 
 EngineError
 ├── ConfigurationError (ValueError)            options that cannot work together, or a missing lock manager
+│   ├── CacheKeyError                          a key function or policy gave no usable key
 │   └── SettingsError                          a setting that is unknown or cannot be read
 ├── UncacheableInputError (TypeError)          an argument that has no cache key
 ├── ParameterError (ValueError)                a flow was called with a parameter that does not validate
@@ -54,6 +55,10 @@ class ConfigurationError(EngineError, ValueError):
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem, self.remedy = problem, remedy
         super().__init__(f"{problem} {remedy}".rstrip())
+
+
+class CacheKeyError(ConfigurationError):
+    """A key function or policy gave no usable key."""
 
 
 class SettingsError(ConfigurationError):

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from . import _fingerprint, _source
-from ._errors import ConfigurationError
+from ._errors import CacheKeyError, ConfigurationError
 
 if TYPE_CHECKING:
     from ..locking import LockManager
@@ -43,10 +43,6 @@ class IsolationLevel(StrEnum):
             raise ConfigurationError(
                 f"{level!r} is no isolation level.", f"Use one of {', '.join(cls)}."
             ) from None
-
-
-class CacheKeyError(ConfigurationError):
-    """A key function or policy gave no usable key."""
 
 
 class CachePolicy:
@@ -87,12 +83,11 @@ class CachePolicy:
     ) -> Self:
         """This policy, with its records elsewhere, another isolation level, or its own lock manager."""
         configured = copy(self)
-        if key_storage is not None:
-            configured.key_storage = key_storage
-        if isolation_level is not None:
-            configured.isolation_level = IsolationLevel.parse(isolation_level)
-        if lock_manager is not None:
-            configured.lock_manager = lock_manager
+        level = None if isolation_level is None else IsolationLevel.parse(isolation_level)
+        said = {"key_storage": key_storage, "isolation_level": level, "lock_manager": lock_manager}
+        for option, value in said.items():
+            if value is not None:
+                object.__setattr__(configured, option, value)  # a user's policy may be a frozen dataclass
         return configured
 
     def __add__(self, other: CachePolicy) -> CachePolicy:
@@ -111,17 +106,25 @@ class CachePolicy:
         """The simple policies that this one consists of."""
         return (self,)
 
-    def _identity(self) -> tuple[Any, ...]:
-        return type(self), self.key_storage, self.isolation_level, self.lock_manager
+    def _configuration(self) -> tuple[Any, ...]:
+        return self.key_storage, self.isolation_level, self.lock_manager
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CachePolicy) and self._identity() == other._identity()
+        if not isinstance(other, CachePolicy) or type(self) is not type(other):
+            return False
+        return self._configuration() == other._configuration() and _own(self) == _own(other)
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash((type(self), *self._configuration()))
 
     def __repr__(self) -> str:
         return self.name or type(self).__name__
+
+
+def _own(policy: CachePolicy) -> dict[str, Any]:
+    """What a policy was made of, its configuration apart."""
+    options = ("key_storage", "isolation_level", "lock_manager")
+    return {name: value for name, value in vars(policy).items() if name not in options}
 
 
 class ComponentPolicy(CachePolicy):
@@ -193,9 +196,6 @@ class InputsPolicy(ComponentPolicy):
         policy.exclude = self.exclude | {name}
         return policy
 
-    def _identity(self) -> tuple[Any, ...]:
-        return *super()._identity(), self.exclude
-
     def __repr__(self) -> str:
         return "INPUTS" + "".join(f" - {name!r}" for name in sorted(self.exclude))
 
@@ -234,9 +234,6 @@ class TaskSourcePolicy(ComponentPolicy):
 
     def is_heavy(self, run: TaskRun) -> bool:
         return run.task.version is None and not _source.is_warm(run.task.fn)
-
-    def _identity(self) -> tuple[Any, ...]:
-        return *super()._identity(), self.follow_helpers
 
 
 class FlowParametersPolicy(ComponentPolicy):
@@ -281,9 +278,6 @@ class CacheKeyFnPolicy(CachePolicy):
     ) -> Any:
         return self.cache_key_fn(task_ctx, dict(inputs))
 
-    def _identity(self) -> tuple[Any, ...]:
-        return *super()._identity(), self.cache_key_fn
-
     def __repr__(self) -> str:
         return f"cache_key_fn {getattr(self.cache_key_fn, '__qualname__', self.cache_key_fn)}"
 
@@ -304,8 +298,11 @@ class CompoundPolicy(CachePolicy):
 
     def __sub__(self, name: str) -> CachePolicy:
         super().__sub__(name)
+        policies = tuple(part - name for part in self.policies)
+        if all(part is before for part, before in zip(policies, self.policies, strict=True)):
+            return self
         policy = copy(self)
-        policy.policies = tuple(part - name for part in self.policies)
+        policy.policies = policies
         return policy
 
     def compute_key(
@@ -316,8 +313,14 @@ class CompoundPolicy(CachePolicy):
             return key_from(found)
         return _finish(found, pending)
 
-    def _identity(self) -> tuple[Any, ...]:
-        return *super()._identity(), frozenset(self.policies)
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CompoundPolicy) or self._configuration() != other._configuration():
+            return False
+        return all(part in other.policies for part in self.policies) and all(
+            part in self.policies for part in other.policies
+        )
+
+    __hash__ = CachePolicy.__hash__
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.policies)) or "NONE"
@@ -328,7 +331,7 @@ def _agreed(option: str, policies: Iterable[CachePolicy]) -> Any:
     values: list[Any] = []
     for policy in policies:
         value = getattr(policy, option)
-        if value is not None and value not in values:
+        if value is not None and not any(_same(value, other) for other in values):
             values.append(value)
     if len(values) > 1:
         raise ConfigurationError(
@@ -336,6 +339,12 @@ def _agreed(option: str, policies: Iterable[CachePolicy]) -> Any:
             "Configure one of them, or both alike.",
         )
     return values[0] if values else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, (str, os.PathLike)) and isinstance(other, (str, os.PathLike)):
+        return os.fspath(one) == os.fspath(other)
+    return bool(one == other)
 
 
 def _merged(policy: CachePolicy, pair: list[CachePolicy]) -> CachePolicy:
@@ -348,40 +357,50 @@ def _gather(
     context: Any,
     inputs: Mapping[str, Any],
     flow_parameters: Mapping[str, Any] | None,
-) -> tuple[Components, dict[str, Awaitable[Any]]]:
+) -> tuple[Components, list[tuple[CachePolicy, Awaitable[Any]]]]:
     """The components of simple policies, and the keys of users' policies that must be awaited."""
     found: Components = {}
-    pending: dict[str, Awaitable[Any]] = {}
+    pending: list[tuple[CachePolicy, Awaitable[Any]]] = []
     for part in parts:
         if isinstance(part, ComponentPolicy):
-            found.update(part.components(context, inputs, flow_parameters))
+            merge(found, part.components(context, inputs, flow_parameters))
         elif not isinstance(part, NonePolicy):
-            label = f"policy {part!r}"
             key = part.compute_key(context, inputs, flow_parameters)
             if inspect.isawaitable(key):
-                pending[label] = key
+                pending.append((part, key))
             else:
-                found[label] = _custom(part, key)
+                merge(found, custom(part, key))
     return found, pending
 
 
-async def _finish(found: Components, pending: dict[str, Awaitable[Any]]) -> str | None:
-    return key_from(await settled(found, pending))
+async def _finish(found: Components, pending: list[tuple[CachePolicy, Awaitable[Any]]]) -> str | None:
+    for part, key in pending:
+        merge(found, custom(part, await key))
+    return key_from(found)
 
 
-async def settled(found: Components, pending: dict[str, Awaitable[Any]]) -> Components:
-    for label, key in pending.items():
-        found[label] = _custom(label, await key)
-    return found
+def merge(found: Components, more: Components) -> None:
+    """Add components. Where two policies say different things under one label, both count, in no order."""
+    if found.keys().isdisjoint(more):
+        found.update(more)
+        return
+    for label, digest in more.items():
+        same = {found[name] for name in found if name == label or name.startswith(f"{label} #")}
+        for number, each in enumerate(sorted({*same, digest}), 1):
+            found[label if number == 1 else f"{label} #{number}"] = each
 
 
-def _custom(part: object, key: object) -> str:
-    """A user's key as a component."""
+def custom(part: CachePolicy, key: object) -> Components:
+    """The key that a user's policy gave, as a component."""
+    label = f"policy {part!r}"
     if key is None:
-        return ABSENT
+        return {label: ABSENT}
     if not isinstance(key, str):
-        raise CacheKeyError(f"{part!r} returned {key!r} ({type(key).__name__}) as a cache key.", "Return text or None.")
-    return _fingerprint.digest(key)
+        raise CacheKeyError(
+            f"{part!r} returned {key!r} ({type(key).__name__}) where a cache key must be text or None.",
+            'Return str(…), or None for "not cached".',
+        )
+    return {label: _fingerprint.digest(key)}
 
 
 def key_from(components: Components) -> str | None:
