@@ -1,0 +1,57 @@
+"""Digests of inputs: equal for equal values in every process, machine and Python, different otherwise.
+
+This is the face; `_encoding` says what the bytes are, `_fingerprint_objects` and `_fingerprint_arrays` which
+types have a key and what belongs to it, `_source` what functions and classes mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+from . import _fingerprint_arrays as _fingerprint_arrays  # makes itself known to the encoding
+from ._encoding import SCALARS, Encoder, RefusedError
+from ._errors import UncacheableInputError
+from ._fingerprint_objects import register as register
+from ._naming import type_name
+from ._source import code_key
+from ._weight import is_heavy as is_heavy
+
+FORMAT = b"onceflow value 1\n"
+"""Begins every digest. A change to any encoding has to change it: no old record is taken for a new one."""
+
+
+def digest(value: object, *, path: str = "value") -> str:
+    """The SHA-256 of the canonical encoding of `value`, 64 hex characters.
+
+    Equal values have equal digests, whatever the process, hash seed, machine, Python version, insertion order
+    of dicts, memory layout of arrays, and sharing of objects. Values that differ in anything, their types
+    included, have different ones. Nothing is consumed, and no user code runs but `__cache_key__`.
+
+    Streams: large buffers are hashed in place. See `is_heavy` for what should be done off the event loop.
+
+    Args:
+        value: What to digest.
+        path: What the value is called in an error.
+
+    Raises:
+        UncacheableInputError: Something in `value` has no key; the error's path leads to it.
+    """
+    scalar = SCALARS.get(type(value))
+    if scalar is not None:
+        return sha256(FORMAT + scalar(value)).hexdigest()
+    try:
+        return sha256(FORMAT + Encoder(code_key)(value)).hexdigest()
+    except RefusedError as error:
+        raise UncacheableInputError(path + "".join(reversed(error.trail)), error.type_name) from None
+    except RecursionError:
+        raise UncacheableInputError(path, f"{type_name(type(value))} nested too deeply") from None
+
+
+def digest_inputs(parameters: Mapping[str, object]) -> dict[str, str]:
+    """The digest of each argument by its name.
+
+    Raises:
+        UncacheableInputError: An argument has no key; the error's path begins with the argument's name.
+    """
+    return {name: digest(value, path=name) for name, value in parameters.items()}

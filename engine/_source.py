@@ -1,0 +1,487 @@
+"""What a function's code means: its own text and everything of the user's own code that it reaches.
+
+A function means its text (`_source_text`), its defaults, what its closure and the globals that it names are
+bound to, and the functions, methods and classes of user code among these, each reached one in turn. What they
+are bound to counts by content; what has no key (a client, a logger, a lock) counts by the name of its type
+only. Two things are state rather than meaning and do not count: a name that the reached code binds anew
+(`global n; n += 1`), and an object that it visibly changes (`seen.append(url)`, `hits[url] += 1`, `stats.n +=
+1`), of which the type counts.
+
+Wrappers of user code count with what they wrap; a library's wrapper counts by its name. A task pinned by
+`version=` counts by that version.
+"""
+
+from __future__ import annotations
+
+import builtins
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+from ._encoding import SCALARS, Encoder, RefusedError, framed
+from ._naming import is_user_class, is_user_function, is_user_module, module_name, qualified_name, type_name
+from ._source_memo import Watch, never_changes, recall, remember
+from ._source_modules import module_texts
+from ._source_names import Name, names_in
+from ._source_text import class_text, function_text
+
+
+class Meaning(NamedTuple):
+    """Hex SHA-256 digests: of the function itself, and of each helper that it reaches by its label."""
+
+    own: str
+    helpers: dict[str, str]
+
+
+def source_meaning(
+    fn: Callable[..., Any] | type, *, follow_helpers: bool = True, owner: type | None = None
+) -> Meaning:
+    """What `fn` means; equal on every machine and Python as long as the code means the same.
+
+    The first call for a function reads the files of what it reaches (`is_warm` tells), later ones compare
+    identities, and hash again those constants that are mutable.
+
+    Args:
+        fn: A function, method, class, partial or callable object. Wrappers that say what they wrap are
+        followed. follow_helpers: Look into the functions and classes that it reaches. Otherwise those count
+        by name. owner: For a method: the class that `self` is of. By default the one that it was defined in.
+    """
+    if isinstance(fn, MethodType):
+        owner = owner or (fn.__self__ if isinstance(fn.__self__, type) else type(fn.__self__))
+        fn = fn.__func__
+    asked = follow_helpers, owner
+    known = recall(fn, asked)
+    if known is not None:
+        return known
+    state: frozenset[Any] = frozenset()
+    while True:
+        walk = _Walk(follow_helpers, state)
+        meaning = walk.meaning(fn, owner)
+        if walk.state == state:
+            remember(fn, asked, meaning, walk.watch)
+            return meaning
+        state = frozenset(walk.state)
+
+
+def is_warm(fn: Callable[..., Any] | type, *, follow_helpers: bool = True, owner: type | None = None) -> bool:
+    """Whether `source_meaning` answers without reading files and without hashing anything large."""
+    if isinstance(fn, MethodType):
+        owner = owner or (fn.__self__ if isinstance(fn.__self__, type) else type(fn.__self__))
+        fn = fn.__func__
+    return recall(fn, (follow_helpers, owner), light=True) is not None
+
+
+def code_key(value: Any) -> bytes:
+    """How a function or class that is an input is encoded: by name and meaning."""
+    meaning = source_meaning(value)
+    reached = sha256("".join(label + digest for label, digest in sorted(meaning.helpers.items())).encode())
+    return (
+        b"F" + framed(qualified_name(value).encode()) + framed(bytes.fromhex(meaning.own)) + reached.digest()
+    )
+
+
+_DEEPEST = 100
+
+
+class _Walk:
+    """One pass over everything that a function reaches.
+
+    `state` holds what does not count: (id of namespace or cell, name) of names bound anew, id of objects
+    changed. It is complete only after the pass, so a pass that finds some has to be repeated with it.
+    """
+
+    def __init__(self, follow: bool, state: frozenset[Any]) -> None:
+        self.follow = follow
+        self.known_state = state
+        self.state: set[Any] = set(state)
+        self.watch = Watch()
+        self.labels: dict[int, str] = {}
+        self.taken: dict[str, int] = {}
+        self.queue: list[tuple[str, Any, type | None]] = []
+        self.encode = self.encoder()
+        self.watch.refer = self.refer_again
+
+    def encoder(self) -> Encoder:
+        return Encoder(self.refer, on_instance=self.refer, lenient=True, opaque=self.known_state)
+
+    def meaning(self, root: Any, owner: type | None) -> Meaning:
+        for layer in _layers(root):
+            self.labels[id(layer)] = "self"
+        own = self.definition(root, owner).hex()
+        helpers: dict[str, str] = {}
+        while self.queue:
+            label, helper, helper_owner = self.queue.pop()
+            helpers[label] = self.definition(helper, helper_owner).hex()
+        helpers.update({f"{name} (module)": text.hex() for name, text in self.watch.modules.items()})
+        return Meaning(own, dict(sorted(helpers.items())))
+
+    # --- references
+
+    def refer(self, target: Any, owner: type | None = None) -> bytes:
+        """A function or class, by its label; queued to be looked into if it is new."""
+        label = self.label_of(target)
+        if label is None:
+            if not self.follow or not _is_followed(target):
+                return self.encode.named(b"@", qualified_name(target))
+            label = self.new_label(target)
+            for layer in _layers(target):
+                self.labels.setdefault(id(layer), label)
+            self.queue.append((label, target, owner))
+        return self.encode.named(b"h", label)
+
+    def refer_again(self, target: Any) -> bytes:
+        """What `refer` has answered, when content is encoded again. Refuses what was not there."""
+        label = self.label_of(target)
+        if label is not None:
+            return self.encode.named(b"h", label)
+        if self.follow and _is_followed(target):
+            raise RefusedError(qualified_name(target))
+        return self.encode.named(b"@", qualified_name(target))
+
+    def label_of(self, target: Any) -> str | None:
+        return next((self.labels[id(layer)] for layer in _layers(target) if id(layer) in self.labels), None)
+
+    def new_label(self, target: Any) -> str:
+        innermost = _innermost(target)
+        label = qualified_name(innermost) + ("" if isinstance(innermost, type) else "()")
+        count = self.taken[label] = self.taken.get(label, 0) + 1
+        return label if count == 1 else f"{label} #{count}"
+
+    def content(self, value: Any) -> bytes:
+        """What a name is bound to, by content."""
+        try:
+            encoded = self.encode(value)
+        except (RefusedError, RecursionError):  # an object graph too deep or too entangled for a key
+            self.encode = self.encoder()
+            return self.encode.by_type(value)
+        self.watch.content(value, encoded, self.known_state)
+        return encoded
+
+    # --- definitions
+
+    def definition(self, target: Any, owner: type | None) -> bytes:
+        """SHA-256 of a function, class or other callable, and of the layers around it."""
+        digest = sha256()
+        for layer in _layers(target):
+            version = _pinned(layer)
+            if version is not None and layer is not _innermost(target):
+                digest.update(b"version" + self.content(version))
+                return digest.digest()
+            if isinstance(layer, FunctionType):
+                digest.update(b"".join(self.function(layer, owner)))
+            elif isinstance(layer, type):
+                digest.update(b"".join(self.class_(layer)))
+            elif not hasattr(layer, "__wrapped__"):
+                digest.update(self.content(layer))
+            else:
+                digest.update(self.encode.named(b"w", type_name(type(layer))))
+        return digest.digest()
+
+    def function(self, fn: FunctionType, owner: type | None) -> Iterator[bytes]:
+        """The function's own text, and everything that a name in it stands for."""
+        self.watch.function(fn)
+        if not is_user_function(fn):  # a library's wrapper: user code may hang in its closure
+            yield self.encode.named(b"@", f"{fn.__module__}.{fn.__code__.co_qualname}")
+            for variable, value in _cells(fn):
+                self.watch.cell(_cell(fn, variable), value)
+                yield framed(variable.encode()) + self.in_library(value)
+            yield self.in_library(getattr(fn, "registry", None))  # functools.singledispatch
+            return
+        yield function_text(fn)
+        names = names_in(fn.__code__)
+        owner = owner or _owner_of(fn)
+        self.mark_state(fn, names_in(fn.__code__), owner)
+        yield self.defaults(fn)
+        if "__class__" in fn.__code__.co_freevars and owner is not None:  # super()
+            yield b"".join(self.encode(base) for base in owner.__bases__)
+        for name in names.used:
+            yield b"".join([framed(part.encode()) for part in (name.scope, name.root, *name.attributes)])
+            yield self.bound(fn, name, owner)
+        if names.imports and self.follow:
+            package = fn.__globals__.get("__package__") or ""
+            self.watch.modules.update(module_texts(names.imports, package))
+
+    def in_library(self, value: Any) -> bytes:
+        """What a library keeps in its wrapper: code and constants count, what may be its state does not."""
+        if isinstance(value, MappingProxyType) or never_changes(value):
+            return self.content(value)
+        return self.encode.by_type(value)
+
+    def defaults(self, fn: FunctionType) -> bytes:
+        keywords = fn.__kwdefaults__ or {}
+        return self.content(fn.__defaults__) + b"".join(
+            framed(name.encode()) + self.content(keywords[name]) for name in sorted(keywords)
+        )
+
+    def bound(self, fn: FunctionType, name: Name, owner: type | None) -> bytes:
+        """What a name in a function stands for now."""
+        if name.scope == "argument":
+            return self.member(fn, name, owner)
+        if name.scope == "free":
+            return self.cell(fn, name.root)
+        return self.global_(fn.__globals__, name)
+
+    def cell(self, fn: FunctionType, name: str) -> bytes:
+        cell = _cell(fn, name)
+        if (id(cell), name) in self.state:
+            return b"state"
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not assigned yet
+            return b"unbound"
+        self.watch.cell(cell, value)
+        return self.content(value)
+
+    def global_(self, namespace: dict[str, Any], name: Name) -> bytes:
+        """A global, or what `module.name` stands for where the module is the user's."""
+        root, *attributes = name.root, *name.attributes
+        while True:
+            if (id(namespace), root) in self.state:
+                return b"state"
+            if root not in namespace:
+                self.watch.name(namespace, root)
+                return b"builtin" if hasattr(builtins, root) else b"unbound"
+            self.watch.name(namespace, root)
+            value = namespace[root]
+            if not isinstance(value, ModuleType):
+                return self.content(value)
+            if not attributes or not is_user_module(value):
+                return self.encode(value)
+            namespace, root = vars(value), attributes.pop(0)
+
+    def member(self, fn: FunctionType, name: Name, owner: type | None) -> bytes:
+        """What `self.name` stands for where the class says so: a method, a property, a constant."""
+        if owner is None or not name.attributes or name.root != _first_argument(fn):
+            return b""
+        value = inspect.getattr_static(owner, name.attributes[0], None)
+        if not is_user_class(owner) or (id(owner), name.attributes[0]) in self.state:
+            return b""
+        self.watch.class_(owner, self.known_state)
+        functions = list(_functions_of(value))
+        if functions:
+            return b"".join(self.refer(each, owner) for each in functions)
+        return b"" if value is None or inspect.isdatadescriptor(value) else self.content(value)
+
+    def class_(self, kind: type) -> Iterator[bytes]:
+        """The class statement, its bases, and what its attributes are now."""
+        self.watch.class_(kind, self.known_state)
+        if not is_user_class(kind):
+            yield self.encode.named(b"@", qualified_name(kind))
+            return
+        yield framed(qualified_name(kind).encode())
+        for base in (*kind.__bases__, type(kind)):
+            yield self.encode(base)
+        members = {
+            name: (value, [each for each in _functions_of(value) if not _is_generated(kind, name, each)])
+            for name, value in sorted(vars(kind).items())
+        }
+        for _, functions in members.values():
+            for each in functions:
+                self.mark_state(each, names_in(each.__code__), kind)
+        methods = [
+            each
+            for _, functions in members.values()
+            for each in functions
+            if each.__module__ == kind.__module__
+        ]
+        yield framed(class_text(kind, [each for each in methods if _is_method_of(each, kind)]))
+        for name, (value, functions) in members.items():
+            if (id(kind), name) in self.state or id(value) in self.state:
+                continue
+            for each in functions:
+                if _is_method_of(each, kind):
+                    self.labels.setdefault(id(each), self.labels.get(id(kind), "self"))
+                    yield framed(name.encode()) + b"".join(self.function(each, kind))
+                else:
+                    yield framed(name.encode()) + self.refer(each, kind)
+            if not functions and not _is_machinery(kind, name, value):
+                yield framed(name.encode()) + self.content(value)
+
+    # --- state
+
+    def mark_state(self, fn: FunctionType, names: Any, owner: type | None) -> None:
+        """Note what this function binds anew or changes."""
+        for name in names.rebound:
+            holder = fn.__globals__ if name.scope == "global" else _cell(fn, name.root)
+            self.state.add((id(holder), name.root))
+        for name in names.changed:
+            for value in self.objects(fn, name, owner):
+                self.state.add(id(value))
+        for name in names.assigned:
+            *path, attribute = name.attributes
+            for value in self.objects(fn, name._replace(attributes=tuple(path)), owner):
+                if isinstance(value, ModuleType):
+                    self.state.add((id(vars(value)), attribute))
+                elif isinstance(value, type):
+                    self.state.add((id(value), attribute))
+                elif not isinstance(value, FunctionType):
+                    self.state.add(id(value))
+        for name in names.used:
+            self.mark_changing_call(fn, name, owner)
+
+    def mark_changing_call(self, fn: FunctionType, name: Name, owner: type | None) -> None:
+        """`stats.hit()` changes `stats` if the method sets attributes of its `self`."""
+        if not name.attributes or name.scope == "argument":
+            return
+        for value in self.objects(fn, name._replace(attributes=name.attributes[:-1]), owner):
+            if is_user_class(type(value)) and changes_self(type(value), name.attributes[-1]):
+                self.state.add(id(value))
+
+    def objects(self, fn: FunctionType, name: Name, owner: type | None) -> Iterator[Any]:
+        """The object that a chain of attributes leads to, if it can be followed without running code."""
+        if name.scope == "global":
+            values = [fn.__globals__[name.root]] if name.root in fn.__globals__ else []
+        elif name.scope == "free":
+            values = [value for cell, value in _cells(fn) if cell == name.root]
+        else:
+            values = list(_default_of(fn, name.root))
+            if name.root == _first_argument(fn) and owner is not None and name.attributes:
+                values.append(owner)
+        for value in values:
+            for attribute in name.attributes:
+                value = inspect.getattr_static(value, attribute, None)
+            if value is not None and type(value) not in SCALARS:
+                yield value
+
+
+# --- small questions about functions
+
+
+def _layers(target: Any) -> Iterator[Any]:
+    """A callable and what it wraps, and so on inwards."""
+    seen: set[int] = set()
+    while id(target) not in seen:
+        seen.add(id(target))
+        yield target
+        if isinstance(target, type):
+            return
+        if isinstance(target, staticmethod | classmethod):
+            target = target.__func__
+        else:
+            wrapped = getattr(target, "__wrapped__", None)
+            if (
+                not callable(wrapped) or len(seen) > _DEEPEST
+            ):  # some proxies have any attribute that is asked for
+                return
+            target = wrapped
+
+
+def _innermost(target: Any) -> Any:
+    *_, last = _layers(target)
+    return last
+
+
+def _pinned(layer: Any) -> Any:
+    """The version by which a task or flow pins its code."""
+    ours = module_name(type(layer)).partition(".")[0] == __name__.partition(".")[0]
+    return getattr(layer, "version", None) if ours else None
+
+
+def _is_followed(target: Any) -> bool:
+    if isinstance(target, type):
+        return is_user_class(target)
+    return any(
+        bool(layer.__closure__) or "<" in layer.__qualname__ or is_user_function(layer)
+        if isinstance(layer, FunctionType)
+        else is_user_class(layer)
+        if isinstance(layer, type)
+        else False
+        for layer in _layers(target)
+    )
+
+
+def _cell(fn: FunctionType, name: str) -> CellType:
+    return (fn.__closure__ or ())[fn.__code__.co_freevars.index(name)]
+
+
+def _cells(fn: FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            pass
+
+
+def _first_argument(fn: FunctionType) -> str | None:
+    return fn.__code__.co_varnames[0] if fn.__code__.co_argcount else None
+
+
+def _default_of(fn: FunctionType, name: str) -> Iterable[Any]:
+    code = fn.__code__
+    defaults = fn.__defaults__ or ()
+    optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    if name in optional:
+        yield defaults[optional.index(name)]
+    elif fn.__kwdefaults__ and name in fn.__kwdefaults__:
+        yield fn.__kwdefaults__[name]
+
+
+def _owner_of(fn: FunctionType) -> type | None:
+    """The class whose body a method was defined in."""
+    if "__class__" in fn.__code__.co_freevars:
+        return next((value for name, value in _cells(fn) if name == "__class__"), None)
+    path = fn.__code__.co_qualname.split(".")[:-1]
+    if not path or "<locals>" in path:
+        return None
+    value: Any = fn.__globals__.get(path[0])
+    for name in path[1:]:
+        value = inspect.getattr_static(value, name, None)
+    return value if isinstance(value, type) else None
+
+
+def _functions_of(value: Any) -> Iterator[FunctionType]:
+    """The functions in a class attribute: itself, or those in the descriptors around them."""
+    if isinstance(value, FunctionType):
+        yield value
+    elif isinstance(value, staticmethod | classmethod):
+        yield from _functions_of(value.__func__)
+    elif isinstance(value, property):
+        for each in (value.fget, value.fset, value.fdel):
+            yield from _functions_of(each)
+    elif isinstance(
+        value, functools.cached_property | functools.partialmethod | functools.singledispatchmethod
+    ):
+        yield from _functions_of(getattr(value, "func", None))
+    elif hasattr(type(value), "__get__") and not isinstance(value, type):
+        yield from _functions_of(getattr(value, "wrapped", None))  # pydantic's validators
+
+
+def _is_generated(kind: type, name: str, fn: FunctionType) -> bool:
+    """Whether dataclass, attrs or namedtuple wrote a method, from what the class statement says."""
+    written = is_user_function(fn) and not fn.__code__.co_filename.startswith(
+        ("<string>", "<attrs generated")
+    )
+    makers = ("__dataclass_fields__", "__attrs_attrs__", "_fields")
+    return not written and name.startswith("__") and any(hasattr(kind, maker) for maker in makers)
+
+
+def _is_method_of(fn: FunctionType, kind: type) -> bool:
+    return fn.__qualname__.startswith(kind.__qualname__ + ".") and is_user_function(fn)
+
+
+def _is_machinery(kind: type, name: str, value: Any) -> bool:
+    """Attributes that Python and libraries add to a class, on top of what its statement says."""
+    if name.startswith("__") and name.endswith("__"):
+        return True
+    if issubclass(kind, enum.Enum) and name.startswith("_"):
+        return True
+    return name in ("_abc_impl", "_is_protocol", "_is_runtime_protocol") or inspect.isdatadescriptor(value)
+
+
+def changes_self(kind: type, method: str, seen: set[str] | None = None) -> bool:
+    """Whether a method changes its object, itself or through another method."""
+    seen = seen or set()
+    seen.add(method)
+    for fn in _functions_of(inspect.getattr_static(kind, method, None)):
+        names, first = names_in(fn.__code__), _first_argument(fn)
+        if any(name.root == first and name.scope == "argument" for name in names.changed | names.assigned):
+            return True
+        for name in names.used:
+            called = name.attributes[0] if name.attributes else ""
+            if name.root == first and called and called not in seen and changes_self(kind, called, seen):
+                return True
+    return False
