@@ -1,21 +1,34 @@
 """Flows, tasks, cache policies, and the engine that runs them."""
 
+from __future__ import annotations  # noqa: I001 - several names a line keep the face short
+
 from ._context import get_run_context, tags
 from ._engine import Engine
-from ._errors import *  # noqa: F403
+from ._errors import (
+    CacheKeyError, CommitError, ConfigurationError, DeadlockError, EngineClosedError, EngineError,
+    NoActiveRunError, ParameterError, RunCancelledError, RunCrashedError, RunFailedError, RunningLoopError,
+    RunTimeoutError, SettingsError, UncacheableInputError, UnfinishedRunError, UpstreamFailedError,
+)  # fmt: skip
 from ._flow import flow
 from ._futures import FlowFuture, TaskFuture, allow_failure, as_completed, quote, unmapped, wait
 from ._logging import get_run_logger
 from ._policies import (
-    DEFAULT,
-    FLOW_PARAMETERS,
-    INPUTS,
-    NONE,
-    RUN_ID,
-    TASK_SOURCE,
-    CachePolicy,
-    IsolationLevel,
-)
+    DEFAULT, FLOW_PARAMETERS, INPUTS, NONE, RUN_ID, TASK_SOURCE, CachePolicy, IsolationLevel,
+)  # fmt: skip
 from ._settings import Settings
 from ._states import State, StateType
 from ._task import task
+
+__all__ = [
+    "DEFAULT", "FLOW_PARAMETERS", "INPUTS", "NONE", "RUN_ID", "TASK_SOURCE", "CacheKeyError", "CachePolicy",
+    "CommitError", "ConfigurationError", "DeadlockError", "Engine", "EngineClosedError", "EngineError",
+    "FlowFuture", "IsolationLevel", "NoActiveRunError", "ParameterError", "RunCancelledError",
+    "RunCrashedError", "RunFailedError", "RunTimeoutError", "RunningLoopError", "Settings", "SettingsError",
+    "State", "StateType", "TaskFuture", "UncacheableInputError", "UnfinishedRunError", "UpstreamFailedError",
+    "allow_failure", "as_completed", "flow", "get_run_context", "get_run_logger", "quote", "tags", "task",
+    "unmapped", "wait",
+]  # fmt: skip
+
+for _name in __all__:
+    if not isinstance(_public := globals()[_name], CachePolicy):  # the policies are values, not definitions
+        _public.__module__ = __name__  # reprs, tracebacks and pickles carry the public path

@@ -170,7 +170,7 @@ async def commit(run: TaskRun | FlowRun, definition: Definition, place: Place, k
     """Write the record of a completed run. What goes wrong is a warning: the task's value is never lost by it."""
     state = run.states[-1]
     if state.type is FAILED:
-        await _keep_failure(run, definition, place)
+        await _keep_failure(run, definition, place, key)
         return
     if state.type is not COMPLETED:
         return
@@ -185,7 +185,7 @@ async def commit(run: TaskRun | FlowRun, definition: Definition, place: Place, k
     records = run.engine.records
     try:
         await records.write(await records.prepare(place, key.text, state.data, facts))
-    except (StorageError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a storage of the user's own may raise anything
         logger.warning(
             "%s %r - its result could not be stored, and is not cached: %s", definition.kind, run.name, error
         )
@@ -193,8 +193,14 @@ async def commit(run: TaskRun | FlowRun, definition: Definition, place: Place, k
     state.location = key.text
 
 
-async def _keep_failure(run: TaskRun | FlowRun, definition: Definition, place: Place) -> None:
+async def _keep_failure(run: TaskRun | FlowRun, definition: Definition, place: Place, key: Key) -> None:
     """Keep the exception of a failed run under a random key, never under its cache key."""
+    state = run.states[-1]
+    facts = Facts(run.id, definition.name, key.components)
+    try:
+        state.location = await run.engine.records.keep_failure(place.storage, state.error(), facts)
+    except Exception as error:  # noqa: BLE001 - a storage of the user's own may raise anything
+        logger.warning("%s %r - its failure could not be stored: %s", definition.kind, run.name, error)
 
 
 __all__ = ["commit", "key_of", "new_id", "perform", "wanted"]

@@ -10,13 +10,13 @@ EngineError
 ├── RunningLoopError (RuntimeError)            run() where an event loop is already running
 ├── EngineClosedError (RuntimeError)           new work for an engine that is closed or closing
 ├── UnfinishedRunError (RuntimeError)          the result of a run that has not ended
-├── RunFailedError (RuntimeError)              a run that ended in a failed state without an exception of its own
+├── RunFailedError (RuntimeError)              a run that failed without an exception of its own
 │   ├── RunCancelledError                      … because it was cancelled
 │   ├── RunCrashedError                        … because something outside its body broke
 │   └── UpstreamFailedError                    … because a run that it depends on failed (state NotReady)
 ├── RunTimeoutError (TimeoutError)             the body was still running after timeout_seconds
 ├── DeadlockError (RuntimeError)               a run waits for itself, directly or through others
-└── CommitError (RuntimeError)                 a transaction that could not be committed; nothing of it is visible
+└── CommitError (RuntimeError)                 a transaction that could not be committed
 
 Every error keeps what it was built from as attributes, builds its own message, and pickles.
 """
@@ -67,6 +67,7 @@ class SettingsError(ConfigurationError):
     def __init__(self, name: str, problem: str, remedy: str = "") -> None:
         self.name = name
         super().__init__(f"{name} {problem}", remedy)
+        self.problem = problem
 
 
 # --- keys
@@ -92,7 +93,9 @@ class ParameterError(EngineError, ValueError):
 
     def __init__(self, flow: str, problems: Sequence[str]) -> None:
         self.flow, self.problems = flow, tuple(problems)
-        super().__init__(f"Flow {flow!r} was called with parameters that do not validate: {'; '.join(problems)}.")
+        super().__init__(
+            f"Flow {flow!r} was called with parameters that do not validate: {'; '.join(problems)}."
+        )
 
 
 class NoActiveRunError(EngineError, RuntimeError):
@@ -109,7 +112,8 @@ class RunningLoopError(EngineError, RuntimeError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(
-            f"{name}.run() blocks, and an event loop is already running here. Write `await {name}(...)` instead."
+            f"{name}.run() blocks, and an event loop is already running here. "
+            f"Write `await {name}(...)` instead."
         )
 
 
@@ -118,7 +122,9 @@ class EngineClosedError(EngineError, RuntimeError):
 
     def __init__(self, what: str) -> None:
         self.what = what
-        super().__init__(f"{what} was started on an engine that is closed or closing. Enter it with `async with engine:`.")
+        super().__init__(
+            f"{what} was started on an engine that is closed or closing. Enter it with `async with engine:`."
+        )
 
 
 # --- results
@@ -179,4 +185,6 @@ class CommitError(EngineError, RuntimeError):
 
     def __init__(self, key: str, reason: str) -> None:
         self.key, self.reason = key, reason
-        super().__init__(f"The transaction was rolled back: its member {key!r} could not be written: {reason}")
+        super().__init__(
+            f"The transaction was rolled back: its member {key!r} could not be written: {reason}"
+        )

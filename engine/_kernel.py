@@ -11,8 +11,8 @@ table in the tests, without an event loop. (The pattern: dask's worker_state_mac
     start        Pending, Waiting                             Running        RUNNING
     hit          Pending, Waiting                             Cached         COMPLETED, final
     complete     Running, Retrying                            Completed      COMPLETED, final
-    fail         Pending, Waiting, Running, Retrying          Failed         FAILED, final unless attempts are left
-    time_out     Waiting, Running, Retrying                   TimedOut       FAILED, final unless attempts are left
+    fail         Pending, Waiting, Running, Retrying          Failed         FAILED, final
+    time_out     Waiting, Running, Retrying                   TimedOut       FAILED, final
     put_off      Running, Retrying                            AwaitingRetry  SCHEDULED
     retry        Running, Retrying, AwaitingRetry, Waiting    Retrying       RUNNING
     cancel       any that is not final                        Cancelled      CANCELLED, final
@@ -41,6 +41,7 @@ from ._states import (
     quick,
 )
 
+_BODY_RUNS = ("Running", "Retrying")
 _OPEN = ("Pending", "Waiting", "Running", "Retrying", "AwaitingRetry")
 TABLE: dict[str, tuple[tuple[str, ...], str, StateType]] = {
     "pend": (("",), "Pending", PENDING),
@@ -72,7 +73,7 @@ class Do(Enum):
 
 
 class Retry(NamedTuple):
-    """When to try again. `delays` are seconds: for the first retry, the second …, the last one for all later ones."""
+    """When to try again. `delays` are seconds: for the first retry, the second …; the last one goes on."""
 
     times: int = 0
     delays: Sequence[float] = ()
@@ -115,7 +116,7 @@ class Life:
         return state
 
     def _from_renamed(self, event: str) -> tuple[str, StateType]:
-        """The arrow from a state that the user named: a Completed by another name may still be rolled back."""
+        """The arrow from a state that the user named: Completed by another name may still be rolled back."""
         state = self.states[-1]
         if event == "roll_back" and state.type is COMPLETED and state.name != "RolledBack":
             return _ARROWS["Completed", event]
@@ -140,22 +141,31 @@ class Life:
         if not isinstance(value, State):
             self.enter("complete", value)
             return Do.FINISH
-        if value.type is FAILED:
-            return self._propose(value)
+        self._check_running("returned")
         if value.type not in FINAL:
             return self._propose(
                 quick(FAILED, "Failed", None, f"the body returned the unfinished state {value!r}")
             )
-        self.states.append(value)
+        # A copy: the user may have made it before the run began, or return the same one from several runs.
+        mine = quick(value.type, value.name, value.data, value.message)
+        if mine.type is FAILED:
+            return self._propose(mine)
+        self.states.append(mine)
         return Do.FINISH
 
     def raised(self, error: BaseException) -> Do:
         """The body raised an ordinary exception."""
+        self._check_running("raised")
         return self._propose(quick(FAILED, "Failed", error, _describe(error)))
 
     def timed_out(self, error: BaseException) -> Do:
         """The body was still running when its time was over."""
+        self._check_running("timed out")
         return self._propose(quick(FAILED, "TimedOut", error, str(error)))
+
+    def _check_running(self, event: str) -> None:
+        if self.states[-1].name not in _BODY_RUNS:
+            raise IllegalTransitionError(f"the body of a run in state {self.state!r} cannot have {event}")
 
     def _propose(self, failed: State[Any]) -> Do:
         if self.attempt > self.rule.times:

@@ -186,7 +186,7 @@ def _model(cls: type[Settings]) -> Any:
             env_prefix=PREFIX, env_file=".env", extra="ignore", case_sensitive=False
         )
 
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, globals())  # the class itself says that it lives in the public face
     for name in ("lock_timeout", "grace", "warn_blocking"):
         hints[name] = Annotated[hints[name], BeforeValidator(_seconds)]
     definitions: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(cls)}

@@ -1,26 +1,13 @@
 """Objects in memory, in a folder or in a bucket, behind one small asynchronous interface."""
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001 - several names a line keep the face short
 
 from ._errors import (
-    ConditionFailedError,
-    ConditionsUnsupportedError,
-    CorruptRecordError,
-    NewerRecordError,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    PickleRefusedError,
-    RecordError,
-    SerializationError,
-    SignatureError,
-    StorageAccessError,
-    StorageClosedError,
-    StorageConfigurationError,
-    StorageError,
-    StorageFullError,
-    StorageUnavailableError,
-    VersionMismatchError,
-)
+    ConditionFailedError, ConditionsUnsupportedError, CorruptRecordError, NewerRecordError, ObjectExistsError,
+    ObjectNotFoundError, PickleRefusedError, RecordError, SerializationError, SignatureError,
+    StorageAccessError, StorageClosedError, StorageConfigurationError, StorageError, StorageFullError,
+    StorageUnavailableError, UnreadableValueError, VersionMismatchError,
+)  # fmt: skip
 from ._local import LocalStorage
 from ._memory import MemoryStorage
 from ._s3 import S3Storage
@@ -32,7 +19,8 @@ __all__ = [
     "MemoryStorage", "NewerRecordError", "ObjectExistsError", "ObjectNotFoundError", "PickleRefusedError",
     "RecordError", "S3Storage", "SerializationError", "SignatureError", "Stat", "Storage",
     "StorageAccessError", "StorageClosedError", "StorageConfigurationError", "StorageError",
-    "StorageFullError", "StorageUnavailableError", "Stored", "VersionMismatchError", "storage_from_url",
+    "StorageFullError", "StorageUnavailableError", "Stored", "UnreadableValueError", "VersionMismatchError",
+    "storage_from_url",
 ]  # fmt: skip
 
 for _name in __all__:
