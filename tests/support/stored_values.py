@@ -153,7 +153,8 @@ def same(a: Any, b: Any) -> bool:
             and (a.ndim < 2 or a.flags.f_contiguous == b.flags.f_contiguous or not a.flags.forc)
         )  # fmt: skip
     if isinstance(a, np.generic):
-        return bool(a.dtype == b.dtype and a.tobytes() == b.tobytes())
+        # Equal or, for NaN and NaT, of the same bytes: a longdouble has padding, which may differ.
+        return bool(a.dtype == b.dtype and (a.tobytes() == b.tobytes() or a == b))
     if isinstance(a, float | complex):
         return repr(a) == repr(b)
     if isinstance(a, Decimal):
