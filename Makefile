@@ -2,18 +2,25 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 
 .PHONY: demo test check format bench chaos clean
 
-$(READY): pyproject.toml
+# The package alone: enough for the demo, and quick to install.
+$(RUNS): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "onceflow needs Python 3.11 or newer: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
-	@touch $(READY)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
 
-demo: $(READY)  ## index the standard library twice: all executed, then all cached
+# And what tests, checks and benchmarks need.
+$(READY): $(RUNS)
+	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
+	@touch $@
+
+demo: $(RUNS)  ## index the standard library twice: all executed, then all cached
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
@@ -37,4 +44,4 @@ chaos: $(READY)
 	$(BIN)/pytest -m chaos
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache dist
