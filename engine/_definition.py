@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
+from ..storage._serializers import serializer_by_name
 from . import _policies
 from ._context import FlowRun, TaskRun
 from ._errors import ConfigurationError
@@ -70,6 +71,8 @@ class Definition(Generic[P, R]):
         self.refresh_cache: bool | None = said("refresh_cache")
         self.result_storage = said("result_storage")
         self.result_serializer = said("result_serializer")
+        if self.result_serializer is not None:
+            serializer_by_name(self.result_serializer)  # a wrong name is an error here, not in a run's log
         self.result_storage_key: str | None = said("result_storage_key")
         self.cache_key_fn: Callable[..., Any] | None = said("cache_key_fn")
         self._check_callable("cache_key_fn", self.cache_key_fn)
@@ -108,6 +111,11 @@ class Definition(Generic[P, R]):
     def persist_result(self) -> bool | None:
         """Whether results persist; None where that is left to the flow and the settings."""
         return self.persist
+
+    # --- running
+
+    body: Callable[[Any], Awaitable[R]]
+    """Runs the function once, for a run of this definition."""
 
     # --- retries
 

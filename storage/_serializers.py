@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zlib
 from abc import ABC, abstractmethod
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qsl
 
 from . import _codec, _json
@@ -127,12 +129,10 @@ class PickleSerializer(Serializer):
     def dumps(self, value: Any) -> Sequence[Buffer]:
         try:
             return _pickle(pickle.dumps, value)
-        except Exception as error:  # noqa: BLE001 - PicklingError, TypeError, AttributeError, RecursionError…
+        except Exception as error:  # PicklingError, TypeError, AttributeError, RecursionError…
             refusal = error
-        import cloudpickle  # imported for the few values that need it
-
         try:
-            return _pickle(cloudpickle.dumps, value)
+            return _pickle(_cloudpickled, value)
         except Exception as error:
             reason = f"a {type(value).__module__}.{type(value).__qualname__}: {refusal}"
             raise SerializationError(self.name, reason) from error
@@ -317,6 +317,24 @@ def _pickle(dump: Any, value: Any) -> list[Buffer]:
 
     segments[0] = dump(value, protocol=5, buffer_callback=keep)
     return segments
+
+
+def _cloudpickled(value: Any, **options: Any) -> bytes:
+    """As cloudpickle.dumps, but for what that turns into something close: a memoryview or a file."""
+    import cloudpickle  # imported for the few values that need it
+
+    class Exact(cloudpickle.Pickler):  # type: ignore[misc]
+        dispatch_table: ClassVar[Any] = ChainMap(
+            {memoryview: _refuse, io.TextIOWrapper: _refuse}, cloudpickle.Pickler.dispatch_table
+        )
+
+    out = io.BytesIO()
+    Exact(out, **options).dump(value)
+    return out.getvalue()
+
+
+def _refuse(value: Any) -> Any:
+    raise TypeError(f"a {type(value).__qualname__} does not come back as one")
 
 
 def _compress(segment: Buffer, level: int) -> Buffer:
