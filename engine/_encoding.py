@@ -17,30 +17,21 @@ cyclic object does not depend on where it was met, and an entangled graph takes 
 
 from __future__ import annotations
 
-import marshal
-import struct
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Set
 from hashlib import sha256
-from math import isnan
 from types import EllipsisType, NotImplementedType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ._encoding_bulk import BULK, CHUNK, bulk, float_bits
 from ._naming import type_name
 
 INLINE = 64 * 1024
 """Texts and buffers longer than this (in bytes) become nodes."""
 
-BULK = 16
-"""Lists shorter than this have no bulk form: looking for one would cost more than it saves."""
-
 ENTANGLED = 20_000
 """How often members of cycles may be walked afresh, because they were met through sets."""
-
-_CHUNK = 1 << 16
-_NAN = struct.pack("<d", float("nan"))
-_double = struct.Struct("<d").pack
 
 Handler = Callable[["Encoder", Any], bytes]
 
@@ -69,10 +60,6 @@ def _int(value: int) -> bytes:
     return b"I" + framed(value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True))
 
 
-def _float_bits(value: float) -> bytes:
-    return _double(value) if value == value else _NAN
-
-
 def _str(value: str) -> bytes:
     if len(value) <= INLINE:
         data = value.encode("utf-8", "surrogatepass")
@@ -98,8 +85,8 @@ SCALARS: dict[type, Callable[[Any], bytes]] = {
     type(None): lambda _: b"N",
     bool: lambda value: b"T" if value else b"F",
     int: _int,
-    float: lambda value: b"f" + _float_bits(value),
-    complex: lambda value: b"c" + _float_bits(value.real) + _float_bits(value.imag),
+    float: lambda value: b"f" + float_bits(value),
+    complex: lambda value: b"c" + float_bits(value.real) + float_bits(value.imag),
     str: _str,
     bytes: lambda value: b"b%d:%b" % (len(value), value) if len(value) <= INLINE else buffer(b"b", value),
     bytearray: lambda value: buffer(b"a", value),
@@ -118,7 +105,8 @@ class Encoder:
         on_code: Encodes a function or class of the user's own code (by what it means).
         on_instance: Told the class of every plain object that is met.
         lenient: Encode what has no key by the name of its type, instead of refusing it.
-        opaque: Ids of objects to encode by the names of their types only.
+        opaque: Ids of objects to encode by the names of their types only, and pairs of an object's id and the
+            name of an attribute to leave out.
     """
 
     __slots__ = ("_done", "_low", "_open", "_rewalked", "lenient", "on_code", "on_instance", "opaque")
@@ -185,6 +173,17 @@ class Encoder:
         if self.lenient:
             return self.by_type(value)
         raise RefusedError(type_name(type(value)))
+
+    def met(self, kind: type) -> None:
+        """Tell that an object of an own class was met."""
+        if self.on_instance is not None:
+            self.on_instance(kind)
+
+    def counted(self, value: object, attributes: dict[str, Any]) -> dict[str, Any]:
+        """The attributes of an object without the opaque ones."""
+        if not self.opaque:
+            return attributes
+        return {name: item for name, item in attributes.items() if (id(value), name) not in self.opaque}
 
     def by_type(self, value: object) -> bytes:
         """A value of which only the type counts."""
@@ -274,7 +273,7 @@ def _members(
 ) -> None:
     """Feed the members of an ordered container to `node`: their number, then a bulk form or one by one."""
     count = len(values)
-    if count >= BULK and _bulk(node, values, count):
+    if count >= BULK and bulk(node, values, count):
         return
     node.update(b"*%d;" % count)
     at = 0
@@ -282,76 +281,13 @@ def _members(
     try:
         for at, value in enumerate(values):  # noqa: B007  # the path needs it when a member is refused
             codes.append(encode(value))
-            if len(codes) == _CHUNK:
+            if len(codes) == CHUNK:
                 node.update(b"".join(codes))
                 codes.clear()
     except RefusedError as error:
         error.trail.append(step(at))
         raise
     node.update(b"".join(codes))
-
-
-def _bulk(node: Any, values: list[Any] | tuple[Any, ...], count: int) -> bool:
-    """The form of a long list of one scalar type, written by C code. False, and nothing fed, without one."""
-    kind = type(values[0])
-    if kind is int:
-        return _strided(node, values, count, b"i", 5) or _wide(node, values, count)
-    if kind is float:
-        return _strided(node, values, count, b"g", 9)
-    if kind is str and list(map(type, values)).count(str) == count:
-        node.update(b"u%d;" % count)
-        for start in range(0, count, _CHUNK):
-            part = values[start : start + _CHUNK]
-            node.update(_little(array("Q", map(len, part))))
-            node.update("".join(part).encode("utf-8", "surrogatepass"))
-        return True
-    return False
-
-
-def _strided(node: Any, values: list[Any] | tuple[Any, ...], count: int, tag: bytes, width: int) -> bool:
-    """Floats, or integers of 32 bits.
-
-    Marshal's version 2 writes such an int as `i` and four bytes, a float as `g` and eight, each of exactly
-    that type, on every Python. So where every fifth (ninth) byte is the tag, every element was such a number,
-    and the types need not be looked at one by one.
-    """
-    parts = []
-    for start in range(0, count, _CHUNK):
-        part = values[start : start + _CHUNK]
-        if type(part[-1]) is not type(values[0]):
-            return False
-        try:
-            data = memoryview(marshal.dumps(part, 2))[5:]
-        except ValueError:  # something that marshal does not know
-            return False
-        if len(data) != width * len(part) or data[::width] != tag * len(part):
-            return False
-        if tag == b"g" and isnan(sum(part)):  # the bits of a NaN differ between machines
-            data = memoryview(b"".join([b"g" + _float_bits(value) for value in part]))
-        parts.append(data)
-    node.update(tag + b"%d;" % count)
-    for data in parts:
-        node.update(data)
-    return True
-
-
-def _wide(node: Any, values: list[Any] | tuple[Any, ...], count: int) -> bool:
-    """Integers of which at least one needs 64 bits."""
-    if list(map(type, values)).count(int) != count:
-        return False
-    try:
-        numbers = array("q", values)
-    except OverflowError:
-        return False
-    node.update(b"q%d;" % count)
-    node.update(_little(numbers))
-    return True
-
-
-def _little(numbers: array[Any]) -> array[Any]:
-    if struct.pack("=H", 1) != struct.pack("<H", 1):
-        numbers.byteswap()
-    return numbers
 
 
 # --- handlers: one for each type of compound value
@@ -380,6 +316,12 @@ def handles(*kinds: type) -> Callable[[Handler], Handler]:
 def finds(find: Callable[[type], Handler | None]) -> Callable[[type], Handler | None]:
     """The decorated function finds the handler of a type, or None. The first that knows the type is taken."""
     _FINDERS.append(find)
+    return find
+
+
+def finds_first(find: Callable[[type], Handler | None]) -> Callable[[type], Handler | None]:
+    """As `finds`, but asked before those that are there already."""
+    _FINDERS.insert(0, find)
     return find
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import sha256
 
-from . import _fingerprint_arrays as _fingerprint_arrays  # makes itself known to the encoding
+from . import _fingerprint_arrow as _fingerprint_arrow  # makes itself and its like known to the encoding
 from ._encoding import SCALARS, Encoder, RefusedError
 from ._errors import UncacheableInputError
 from ._fingerprint_objects import register as register

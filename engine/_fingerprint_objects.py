@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
-from ._encoding import Encoder, Handler, RefusedError, buffer, finds, forget_handlers, handles
+from ._encoding import Encoder, Handler, RefusedError, buffer, finds, finds_first, forget_handlers, handles
 from ._naming import is_heap_type, is_user_class, is_user_function, module_name, qualified_name, type_name
 
 # --- keys given by the user, before everything else
@@ -42,7 +42,7 @@ def register(type_: type, key_of: Callable[[Any], Any]) -> None:
     forget_handlers()
 
 
-@finds
+@finds_first
 def _given_key(kind: type) -> Handler | None:
     for base in kind.__mro__:
         if base in _registered:
@@ -138,7 +138,9 @@ _CONTENT: dict[type, Content] = {
     ipaddress.IPv6Network: lambda encode, value: encode(str(value)),
     ipaddress.IPv4Interface: lambda encode, value: encode(str(value)),
     ipaddress.IPv6Interface: lambda encode, value: encode(str(value)),
-    types.SimpleNamespace: lambda encode, value: encode.state("", b"", vars(value)),
+    types.SimpleNamespace: lambda encode, value: encode.state(
+        "", b"", encode.counted(value, dict(vars(value)))
+    ),
     types.MappingProxyType: lambda encode, value: encode.mapping(b"d", dict(value)),
     type({}.keys()): lambda encode, value: encode.set(b"h", list(value)),
     type({}.values()): lambda encode, value: encode.sequence(b"l", list(value)),
@@ -255,10 +257,14 @@ def _annotation(kind: type) -> Handler | None:
 def _enum(kind: type) -> Handler | None:
     if not issubclass(kind, enum.Enum):
         return None
-    name = type_name(kind)
-    return lambda encode, value: encode.node(
-        "enum " + name, ("._name_", value._name_), (".value", value._value_)
-    )
+    name, own = type_name(kind), is_user_class(kind)
+
+    def encode_member(encode: Encoder, value: Any) -> bytes:
+        if own:
+            encode.met(kind)
+        return encode.node("enum " + name, ("._name_", value._name_), (".value", value._value_))
+
+    return encode_member
 
 
 @finds
@@ -302,11 +308,13 @@ def _pydantic(kind: type) -> Handler | None:
 
 
 def _model(kind: type, base: type) -> Handler:
-    attributes = _attributes_of(kind, base)
+    attributes, own = _attributes_of(kind, base), is_user_class(kind)
 
     def encode_model(encode: Encoder, value: Any) -> bytes:
+        if own:
+            encode.met(kind)
         private, extra = value.__pydantic_private__, value.__pydantic_extra__
-        state = {**attributes(value), **(private or {})}
+        state = encode.counted(value, {**attributes(value), **(private or {})})
         return encode.state(type_name(kind), encode.within("", extra), state)
 
     return encode_model
@@ -324,15 +332,16 @@ def _plain(kind: type) -> Handler | None:
     fields = kind.__dict__.get("_fields") if base is tuple else None
 
     def encode_plain(encode: Encoder, value: Any) -> bytes:
-        if own and encode.on_instance is not None:
-            encode.on_instance(kind)
+        if own:
+            encode.met(kind)
         if fields is not None and len(fields) == tuple.__len__(value):
             return encode.state(
                 name,
                 b"fields",
                 {**attributes(value), **dict(zip(fields, tuple.__iter__(value), strict=True))},
             )
-        return encode.state(name, content(encode, value) if content else b"", attributes(value))
+        counted = encode.counted(value, attributes(value))
+        return encode.state(name, content(encode, value) if content else b"", counted)
 
     return encode_plain
 

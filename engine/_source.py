@@ -14,19 +14,33 @@ Wrappers of user code count with what they wrap; a library's wrapper counts by i
 from __future__ import annotations
 
 import builtins
-import enum
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
-from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-from ._encoding import SCALARS, Encoder, RefusedError, framed
-from ._naming import is_user_class, is_user_function, is_user_module, module_name, qualified_name, type_name
+from ._encoding import Encoder, RefusedError, framed
+from ._naming import is_user_class, is_user_function, is_user_module, qualified_name, type_name
 from ._source_memo import Watch, never_changes, recall, remember
 from ._source_modules import module_texts
 from ._source_names import Name, names_in
+from ._source_parts import (
+    cell_of,
+    cells,
+    fields_of,
+    first_argument,
+    functions_of,
+    innermost,
+    is_followed,
+    is_generated,
+    is_machinery,
+    is_method_of,
+    layers,
+    owner_of,
+    pinned_version,
+)
+from ._source_state import state_of
 from ._source_text import class_text, function_text
 
 
@@ -84,14 +98,11 @@ def code_key(value: Any) -> bytes:
     )
 
 
-_DEEPEST = 100
-
-
 class _Walk:
     """One pass over everything that a function reaches.
 
-    `state` holds what does not count: (id of namespace or cell, name) of names bound anew, id of objects
-    changed. It is complete only after the pass, so a pass that finds some has to be repeated with it.
+    `state` holds what does not count (see `state_of`). It is complete only after the pass, so a pass that
+    finds some has to be repeated with it.
     """
 
     def __init__(self, follow: bool, state: frozenset[Any]) -> None:
@@ -109,7 +120,7 @@ class _Walk:
         return Encoder(self.refer, on_instance=self.refer, lenient=True, opaque=self.known_state)
 
     def meaning(self, root: Any, owner: type | None) -> Meaning:
-        for layer in _layers(root):
+        for layer in layers(root):
             self.labels[id(layer)] = "self"
         own = self.definition(root, owner).hex()
         helpers: dict[str, str] = {}
@@ -125,10 +136,10 @@ class _Walk:
         """A function or class, by its label; queued to be looked into if it is new."""
         label = self.label_of(target)
         if label is None:
-            if not self.follow or not _is_followed(target):
+            if not self.follow or not is_followed(target):
                 return self.encode.named(b"@", qualified_name(target))
             label = self.new_label(target)
-            for layer in _layers(target):
+            for layer in layers(target):
                 self.labels.setdefault(id(layer), label)
             self.queue.append((label, target, owner))
         return self.encode.named(b"h", label)
@@ -138,16 +149,16 @@ class _Walk:
         label = self.label_of(target)
         if label is not None:
             return self.encode.named(b"h", label)
-        if self.follow and _is_followed(target):
+        if self.follow and is_followed(target):
             raise RefusedError(qualified_name(target))
         return self.encode.named(b"@", qualified_name(target))
 
     def label_of(self, target: Any) -> str | None:
-        return next((self.labels[id(layer)] for layer in _layers(target) if id(layer) in self.labels), None)
+        return next((self.labels[id(layer)] for layer in layers(target) if id(layer) in self.labels), None)
 
     def new_label(self, target: Any) -> str:
-        innermost = _innermost(target)
-        label = qualified_name(innermost) + ("" if isinstance(innermost, type) else "()")
+        inner = innermost(target)
+        label = qualified_name(inner) + ("" if isinstance(inner, type) else "()")
         count = self.taken[label] = self.taken.get(label, 0) + 1
         return label if count == 1 else f"{label} #{count}"
 
@@ -166,9 +177,9 @@ class _Walk:
     def definition(self, target: Any, owner: type | None) -> bytes:
         """SHA-256 of a function, class or other callable, and of the layers around it."""
         digest = sha256()
-        for layer in _layers(target):
-            version = _pinned(layer)
-            if version is not None and layer is not _innermost(target):
+        for layer in layers(target):
+            version = pinned_version(layer)
+            if version is not None and layer is not innermost(target):
                 digest.update(b"version" + self.content(version))
                 return digest.digest()
             if isinstance(layer, FunctionType):
@@ -186,15 +197,15 @@ class _Walk:
         self.watch.function(fn)
         if not is_user_function(fn):  # a library's wrapper: user code may hang in its closure
             yield self.encode.named(b"@", f"{fn.__module__}.{fn.__code__.co_qualname}")
-            for variable, value in _cells(fn):
-                self.watch.cell(_cell(fn, variable), value)
+            for variable, value in cells(fn):
+                self.watch.cell(cell_of(fn, variable), value)
                 yield framed(variable.encode()) + self.in_library(value)
             yield self.in_library(getattr(fn, "registry", None))  # functools.singledispatch
             return
         yield function_text(fn)
         names = names_in(fn.__code__)
-        owner = owner or _owner_of(fn)
-        self.mark_state(fn, names_in(fn.__code__), owner)
+        owner = owner or owner_of(fn)
+        self.state.update(state_of(fn, owner))
         yield self.defaults(fn)
         if "__class__" in fn.__code__.co_freevars and owner is not None:  # super()
             yield b"".join(self.encode(base) for base in owner.__bases__)
@@ -226,7 +237,7 @@ class _Walk:
         return self.global_(fn.__globals__, name)
 
     def cell(self, fn: FunctionType, name: str) -> bytes:
-        cell = _cell(fn, name)
+        cell = cell_of(fn, name)
         if (id(cell), name) in self.state:
             return b"state"
         try:
@@ -255,13 +266,13 @@ class _Walk:
 
     def member(self, fn: FunctionType, name: Name, owner: type | None) -> bytes:
         """What `self.name` stands for where the class says so: a method, a property, a constant."""
-        if owner is None or not name.attributes or name.root != _first_argument(fn):
+        if owner is None or not name.attributes or name.root != first_argument(fn):
             return b""
         value = inspect.getattr_static(owner, name.attributes[0], None)
         if not is_user_class(owner) or (id(owner), name.attributes[0]) in self.state:
             return b""
         self.watch.class_(owner, self.known_state)
-        functions = list(_functions_of(value))
+        functions = list(functions_of(value))
         if functions:
             return b"".join(self.refer(each, owner) for each in functions)
         return b"" if value is None or inspect.isdatadescriptor(value) else self.content(value)
@@ -276,212 +287,29 @@ class _Walk:
         for base in (*kind.__bases__, type(kind)):
             yield self.encode(base)
         members = {
-            name: (value, [each for each in _functions_of(value) if not _is_generated(kind, name, each)])
+            name: (value, [each for each in functions_of(value) if not is_generated(kind, name, each)])
             for name, value in sorted(vars(kind).items())
         }
         for _, functions in members.values():
             for each in functions:
-                self.mark_state(each, names_in(each.__code__), kind)
+                self.state.update(state_of(each, kind))
         methods = [
             each
             for _, functions in members.values()
             for each in functions
             if each.__module__ == kind.__module__
         ]
-        yield framed(class_text(kind, [each for each in methods if _is_method_of(each, kind)]))
+        yield framed(class_text([each for each in methods if is_method_of(each, kind)], kind))
+        for name, parts in fields_of(kind):
+            yield framed(name.encode()) + b"".join(map(self.content, parts))
         for name, (value, functions) in members.items():
             if (id(kind), name) in self.state or id(value) in self.state:
                 continue
             for each in functions:
-                if _is_method_of(each, kind):
+                if is_method_of(each, kind):
                     self.labels.setdefault(id(each), self.labels.get(id(kind), "self"))
                     yield framed(name.encode()) + b"".join(self.function(each, kind))
                 else:
                     yield framed(name.encode()) + self.refer(each, kind)
-            if not functions and not _is_machinery(kind, name, value):
+            if not functions and not is_machinery(kind, name, value):
                 yield framed(name.encode()) + self.content(value)
-
-    # --- state
-
-    def mark_state(self, fn: FunctionType, names: Any, owner: type | None) -> None:
-        """Note what this function binds anew or changes."""
-        for name in names.rebound:
-            holder = fn.__globals__ if name.scope == "global" else _cell(fn, name.root)
-            self.state.add((id(holder), name.root))
-        for name in names.changed:
-            for value in self.objects(fn, name, owner):
-                self.state.add(id(value))
-        for name in names.assigned:
-            *path, attribute = name.attributes
-            for value in self.objects(fn, name._replace(attributes=tuple(path)), owner):
-                if isinstance(value, ModuleType):
-                    self.state.add((id(vars(value)), attribute))
-                elif isinstance(value, type):
-                    self.state.add((id(value), attribute))
-                elif not isinstance(value, FunctionType):
-                    self.state.add(id(value))
-        for name in names.used:
-            self.mark_changing_call(fn, name, owner)
-
-    def mark_changing_call(self, fn: FunctionType, name: Name, owner: type | None) -> None:
-        """`stats.hit()` changes `stats` if the method sets attributes of its `self`."""
-        if not name.attributes or name.scope == "argument":
-            return
-        for value in self.objects(fn, name._replace(attributes=name.attributes[:-1]), owner):
-            if is_user_class(type(value)) and changes_self(type(value), name.attributes[-1]):
-                self.state.add(id(value))
-
-    def objects(self, fn: FunctionType, name: Name, owner: type | None) -> Iterator[Any]:
-        """The object that a chain of attributes leads to, if it can be followed without running code."""
-        if name.scope == "global":
-            values = [fn.__globals__[name.root]] if name.root in fn.__globals__ else []
-        elif name.scope == "free":
-            values = [value for cell, value in _cells(fn) if cell == name.root]
-        else:
-            values = list(_default_of(fn, name.root))
-            if name.root == _first_argument(fn) and owner is not None and name.attributes:
-                values.append(owner)
-        for value in values:
-            for attribute in name.attributes:
-                value = inspect.getattr_static(value, attribute, None)
-            if value is not None and type(value) not in SCALARS:
-                yield value
-
-
-# --- small questions about functions
-
-
-def _layers(target: Any) -> Iterator[Any]:
-    """A callable and what it wraps, and so on inwards."""
-    seen: set[int] = set()
-    while id(target) not in seen:
-        seen.add(id(target))
-        yield target
-        if isinstance(target, type):
-            return
-        if isinstance(target, staticmethod | classmethod):
-            target = target.__func__
-        else:
-            wrapped = getattr(target, "__wrapped__", None)
-            if (
-                not callable(wrapped) or len(seen) > _DEEPEST
-            ):  # some proxies have any attribute that is asked for
-                return
-            target = wrapped
-
-
-def _innermost(target: Any) -> Any:
-    *_, last = _layers(target)
-    return last
-
-
-def _pinned(layer: Any) -> Any:
-    """The version by which a task or flow pins its code."""
-    ours = module_name(type(layer)).partition(".")[0] == __name__.partition(".")[0]
-    return getattr(layer, "version", None) if ours else None
-
-
-def _is_followed(target: Any) -> bool:
-    if isinstance(target, type):
-        return is_user_class(target)
-    return any(
-        bool(layer.__closure__) or "<" in layer.__qualname__ or is_user_function(layer)
-        if isinstance(layer, FunctionType)
-        else is_user_class(layer)
-        if isinstance(layer, type)
-        else False
-        for layer in _layers(target)
-    )
-
-
-def _cell(fn: FunctionType, name: str) -> CellType:
-    return (fn.__closure__ or ())[fn.__code__.co_freevars.index(name)]
-
-
-def _cells(fn: FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # not assigned yet
-            pass
-
-
-def _first_argument(fn: FunctionType) -> str | None:
-    return fn.__code__.co_varnames[0] if fn.__code__.co_argcount else None
-
-
-def _default_of(fn: FunctionType, name: str) -> Iterable[Any]:
-    code = fn.__code__
-    defaults = fn.__defaults__ or ()
-    optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
-    if name in optional:
-        yield defaults[optional.index(name)]
-    elif fn.__kwdefaults__ and name in fn.__kwdefaults__:
-        yield fn.__kwdefaults__[name]
-
-
-def _owner_of(fn: FunctionType) -> type | None:
-    """The class whose body a method was defined in."""
-    if "__class__" in fn.__code__.co_freevars:
-        return next((value for name, value in _cells(fn) if name == "__class__"), None)
-    path = fn.__code__.co_qualname.split(".")[:-1]
-    if not path or "<locals>" in path:
-        return None
-    value: Any = fn.__globals__.get(path[0])
-    for name in path[1:]:
-        value = inspect.getattr_static(value, name, None)
-    return value if isinstance(value, type) else None
-
-
-def _functions_of(value: Any) -> Iterator[FunctionType]:
-    """The functions in a class attribute: itself, or those in the descriptors around them."""
-    if isinstance(value, FunctionType):
-        yield value
-    elif isinstance(value, staticmethod | classmethod):
-        yield from _functions_of(value.__func__)
-    elif isinstance(value, property):
-        for each in (value.fget, value.fset, value.fdel):
-            yield from _functions_of(each)
-    elif isinstance(
-        value, functools.cached_property | functools.partialmethod | functools.singledispatchmethod
-    ):
-        yield from _functions_of(getattr(value, "func", None))
-    elif hasattr(type(value), "__get__") and not isinstance(value, type):
-        yield from _functions_of(getattr(value, "wrapped", None))  # pydantic's validators
-
-
-def _is_generated(kind: type, name: str, fn: FunctionType) -> bool:
-    """Whether dataclass, attrs or namedtuple wrote a method, from what the class statement says."""
-    written = is_user_function(fn) and not fn.__code__.co_filename.startswith(
-        ("<string>", "<attrs generated")
-    )
-    makers = ("__dataclass_fields__", "__attrs_attrs__", "_fields")
-    return not written and name.startswith("__") and any(hasattr(kind, maker) for maker in makers)
-
-
-def _is_method_of(fn: FunctionType, kind: type) -> bool:
-    return fn.__qualname__.startswith(kind.__qualname__ + ".") and is_user_function(fn)
-
-
-def _is_machinery(kind: type, name: str, value: Any) -> bool:
-    """Attributes that Python and libraries add to a class, on top of what its statement says."""
-    if name.startswith("__") and name.endswith("__"):
-        return True
-    if issubclass(kind, enum.Enum) and name.startswith("_"):
-        return True
-    return name in ("_abc_impl", "_is_protocol", "_is_runtime_protocol") or inspect.isdatadescriptor(value)
-
-
-def changes_self(kind: type, method: str, seen: set[str] | None = None) -> bool:
-    """Whether a method changes its object, itself or through another method."""
-    seen = seen or set()
-    seen.add(method)
-    for fn in _functions_of(inspect.getattr_static(kind, method, None)):
-        names, first = names_in(fn.__code__), _first_argument(fn)
-        if any(name.root == first and name.scope == "argument" for name in names.changed | names.assigned):
-            return True
-        for name in names.used:
-            called = name.attributes[0] if name.attributes else ""
-            if name.root == first and called and called not in seen and changes_self(kind, called, seen):
-                return True
-    return False

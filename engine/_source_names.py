@@ -11,16 +11,6 @@ from types import CodeType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-_CHANGING = frozenset(
-    {
-        *("append", "appendleft", "add", "extend", "extendleft", "insert", "update", "setdefault"),
-        *("pop", "popleft", "popitem", "remove", "discard", "clear", "sort", "reverse", "rotate", "subtract"),
-        *("move_to_end", "difference_update", "intersection_update", "symmetric_difference_update"),
-        *("__setitem__", "__delitem__", "__iadd__"),
-    }
-)
-"""Methods that change the builtin container they are taken from."""
-
 
 class Name(NamedTuple):
     """A use of a name: where it lives (`global`, `free` or `argument`), and the attributes taken from it."""
@@ -42,7 +32,7 @@ class Names(NamedTuple):
     """What the code of a function, nested code included, uses and changes.
 
     `rebound` names get another value (`global n; n += 1`), the others stay what they are: `changed` ones are
-    changed in place (`seen.add(x)`, `hits[url] += 1`), and of those in `assigned` an attribute is set, the
+    changed in place (`hits[url] += 1`), and of those in `assigned` an attribute is set, the
     last one of the chain (`state.n += 1`).
     """
 
@@ -125,8 +115,6 @@ class _Scan:
     def use(self, name: Name, following: list[dis.Instruction]) -> None:
         if name.scope != "argument" or name.attributes:
             self.used.add(name)
-        if name.attributes and name.attributes[-1] in _CHANGING:
-            self.changed.add(name._replace(attributes=name.attributes[:-1]))
         match [each.opname for each in following]:
             case ["STORE_ATTR" | "DELETE_ATTR", *_]:
                 self.assigned.add(name._replace(attributes=(*name.attributes, following[0].argval)))

@@ -254,21 +254,19 @@ def _find(function: FunctionType) -> _Scope | None:
     return file.functions.get((code.co_name, compiled.co_firstlineno))
 
 
-def class_text(kind: type, methods: list[FunctionType]) -> bytes:
-    """What the class statement means, decorators included; nothing where it cannot be found for sure.
+def class_text(methods: list[FunctionType], kind: type) -> bytes:
+    """What a class statement means, decorators included; nothing where it cannot be found for sure.
 
-    `methods` tells which of several statements of this name was executed: the one that holds all of them.
+    Its methods tell that the file still holds it, and which of several statements of this name was executed.
     """
-    module = sys.modules.get(kind.__module__)
-    filename = methods[0].__code__.co_filename if methods else getattr(module, "__file__", None)
-    file = _file(filename, vars(module) if module else {}) if isinstance(filename, str) else None
+    file = _file(methods[0].__code__.co_filename, methods[0].__globals__) if methods else None
     if file is None:
         return b""
-    if not all(_compiled(method.__code__, file) for method in methods):
-        return b""
-    nodes = file.classes.get(kind.__qualname__, [])
-    if len(nodes) > 1:
-        nodes = [node for node in nodes if methods and all(_holds(node, method, file) for method in methods)]
+    nodes = [
+        node
+        for node in file.classes.get(kind.__qualname__, ())
+        if all(_holds(node, method, file) for method in methods)
+    ]
     lazy = any(method.__code__.co_flags & _FUTURE_ANNOTATIONS for method in methods)
     return tree_digest(nodes[0], lazy_annotations=lazy, decorators=True) if len(nodes) == 1 else b""
 

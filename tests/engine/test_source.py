@@ -186,6 +186,50 @@ DIFFERENT = {
         "class C:\n def __call__(self): return 1\nf = C()",
         "class C:\n def __call__(self): return 2\nf = C()",
     ),
+    "object with a method called like a container's": (
+        "class V:\n def __init__(self, x): self.x = x\n def add(self, y): return self.x + y\n"
+        "o = V(1)\ndef f(): return o.add(1)",
+        "class V:\n def __init__(self, x): self.x = x\n def add(self, y): return self.x + y\n"
+        "o = V(2)\ndef f(): return o.add(1)",
+    ),
+    "attribute beside one that is set": (
+        "import types\ns = types.SimpleNamespace(k=1)\ndef f():\n s.last = 1\n return s.k",
+        "import types\ns = types.SimpleNamespace(k=2)\ndef f():\n s.last = 1\n return s.k",
+    ),
+    "class default beside an assignment to self": (
+        "class C:\n k = 1\n def f(self):\n  old = self.k\n  self.k = 3\n  return old\nf = C.f",
+        "class C:\n k = 2\n def f(self):\n  old = self.k\n  self.k = 3\n  return old\nf = C.f",
+    ),
+    "model in a field": (
+        "import pydantic\nclass A(pydantic.BaseModel):\n x: int = 1\nclass B(pydantic.BaseModel):\n a: list[A]\n"
+        "def f(): return B.model_validate({'a': [{}]})",
+        "import pydantic\nclass A(pydantic.BaseModel):\n x: int = 2\nclass B(pydantic.BaseModel):\n a: list[A]\n"
+        "def f(): return B.model_validate({'a': [{}]})",
+    ),
+    "validator": (
+        "import pydantic\nclass A(pydantic.BaseModel):\n x: int\n @pydantic.field_validator('x')\n @classmethod\n"
+        " def v(cls, x): return x\ndef f(): return A(x=1)",
+        "import pydantic\nclass A(pydantic.BaseModel):\n x: int\n @pydantic.field_validator('x')\n @classmethod\n"
+        " def v(cls, x): return x + 1\ndef f(): return A(x=1)",
+    ),
+    "default factory": (
+        "import dataclasses\n@dataclasses.dataclass\nclass C:\n x: list = dataclasses.field(default_factory=list)\n"
+        "def f(): return C()",
+        "import dataclasses\n@dataclasses.dataclass\nclass C:\n x: list = dataclasses.field(default_factory=dict)\n"
+        "def f(): return C()",
+    ),
+    "attrs field": (
+        "import attrs\n@attrs.define\nclass C:\n x: int = attrs.field(default=1, converter=int)\ndef f(): return C()",
+        "import attrs\n@attrs.define\nclass C:\n x: int = attrs.field(default=1, converter=str)\ndef f(): return C()",
+    ),
+    "enum of a member": (
+        "import enum\nclass E(enum.Enum):\n A = 1\n def m(self): return 1\na = E.A\ndef f(): return a.m()",
+        "import enum\nclass E(enum.Enum):\n A = 1\n def m(self): return 2\na = E.A\ndef f(): return a.m()",
+    ),
+    "named tuple": (
+        "from typing import NamedTuple\nclass T(NamedTuple):\n x: int = 1\ndef f(): return T()",
+        "from typing import NamedTuple\nclass T(NamedTuple):\n x: int = 2\ndef f(): return T()",
+    ),
     "evaluated annotation": ("def f(x: int): return x", "def f(x: float): return x"),
     "async": ("def f(x): return x", "async def f(x): return x"),
     "decorator of an inner function": (
