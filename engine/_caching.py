@@ -6,16 +6,22 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..storage import StorageError
 from . import _policies
-from ._context import FlowRun, TaskRun, new_id
-from ._errors import CacheKeyError, EngineError, UncacheableInputError
+from ._commit import uncancelled
+from ._context import FlowRun, TaskRun
+from ._engine import storage_key
+from ._errors import CacheKeyError, CommitError, EngineError, UncacheableInputError
+from ._flights import Flight, Lead, Served, lineage
+from ._intents import Refused, Where
+from ._locks import Held, hold, isolation_of
 from ._logging import INFO, logger
 from ._policies import CachePolicy, ComponentPolicy, Components, NonePolicy, key_from
-from ._records import Facts, Hit, Place, ago
+from ._records import SHAREABLE, Facts, Hit, Miss, Place, ago
 from ._states import COMPLETED, FAILED
+from ._transaction import Staged
 
 if TYPE_CHECKING:
+    from ..locking import LockManager
     from ._definition import Definition
 
 Attempts = Callable[[Any, Any], Awaitable[None]]
@@ -29,7 +35,7 @@ class Key(NamedTuple):
     why_not: str = ""
 
 
-def wanted(run: TaskRun | FlowRun, definition: Definition) -> bool:
+def wanted(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> bool:
     """Whether this run may be cached at all; cheap, because every run asks. Notes the reason where not."""
     persist = definition.persist
     if persist is None:
@@ -59,44 +65,159 @@ def _persist_above(run: TaskRun | FlowRun) -> bool:
     return settings.results_persist_by_default
 
 
-def policy_of(run: TaskRun | FlowRun, definition: Definition) -> CachePolicy | None:
+def policy_of(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> CachePolicy | None:
     """The policy that applies; None where the record lies under a storage key of the user's own."""
     if not definition.is_policy_stated and run.engine.settings.tasks_default_no_cache:
         return _policies.NONE if definition.result_storage_key is None else None
     return definition.cache_policy
 
 
-async def perform(run: TaskRun | FlowRun, definition: Definition, attempts: Attempts) -> None:
+async def perform(run: TaskRun | FlowRun, definition: Definition[..., Any], attempts: Attempts) -> None:
     """Serve the run from its record, or run it and commit."""
     engine = run.engine
     policy = policy_of(run, definition)
-    place = engine.place_for(run, policy)
     key = await key_of(run, definition, policy)
     run.key = key.text
     if key.text is None:
         run.reason = f"ran: {key.why_not}"
         await attempts(run, definition)
         return
-    if _must_refresh(run, definition):
+    try:
+        place = engine.place_for(run, policy)
+    except CacheKeyError as error:
+        _warn(run, definition, str(error))
+        run.reason = "ran: there is no usable storage key"
+        await attempts(run, definition)
+        return
+    txn = run.transaction
+    call = Call(
+        run, definition, attempts, place, key, (place.records.url, key.text), _must_refresh(run, definition)
+    )
+    if txn is not None and not call.refresh and (staged := txn.staged(call.where)) is not None:
+        run.reason = "cached: staged in this transaction"
+        run.enter("hit", staged.value())
+        return
+    exclusive, manager = isolation_of(run, policy, txn)
+    if manager is not None and exclusive:
+        await _exclusively(call, manager, policy)
+        return
+    miss = await _look_up(call)
+    if miss is not None:
+        await attempts(run, definition)
+        await commit(call, miss.version)
+
+
+class Call(NamedTuple):
+    """One cached call on its way: what every step of it needs."""
+
+    run: Any
+    definition: Any
+    attempts: Attempts
+    place: Place
+    key: Key
+    where: Where
+    refresh: bool
+
+
+async def _look_up(call: Call) -> Miss | None:
+    """Serve the run from its record; the miss where there is none."""
+    run = call.run
+    if call.refresh:
         run.reason = "ran: refresh was asked for"
-    else:
-        found = await engine.records.lookup(place, key.text)
-        if isinstance(found, Hit):
-            _serve(run, found)
-            return
+        return Miss("refresh was asked for")
+    assert call.key.text is not None
+    found = await run.engine.records.lookup(call.place, call.key.text)
+    if isinstance(found, Miss):
         run.reason = f"ran: {found.reason}"
-    await attempts(run, definition)
-    await commit(run, definition, place, key)
+        return found
+    _serve(run, found.value, found.header.run_id, found.header.created)
+    return None
 
 
-def _serve(run: TaskRun | FlowRun, hit: Hit) -> None:
+def _serve(run: TaskRun | FlowRun, value: Any, writer: str, created: float) -> None:
     if logger.isEnabledFor(INFO):
-        age = ago(max(0.0, run.engine.clock() - hit.header.created))
-        run.reason = f"cached: written by run {hit.header.run_id} {age} ago"
-    run.enter("hit", hit.value)
+        run.reason = f"cached: written by run {writer} {ago(max(0.0, run.engine.clock() - created))} ago"
+    run.enter("hit", value)
 
 
-def _must_refresh(run: TaskRun | FlowRun, definition: Definition) -> bool:
+# --- SERIALIZABLE
+
+
+async def _exclusively(call: Call, manager: LockManager, policy: CachePolicy | None) -> None:
+    """One execution at a time: lead and run, or wait for the leader's record."""
+    run = call.run
+    flights = run.engine.flights
+    timeout = (
+        policy.lock_timeout
+        if policy is not None and policy.lock_timeout is not None
+        else run.engine.settings.lock_timeout
+    )
+    while True:
+        entered = await flights.enter(call.where, run, timeout)
+        if isinstance(entered, Served):
+            if call.refresh:
+                continue
+            _serve(run, entered.value(), entered.run_id, entered.created)
+            return
+        if isinstance(entered, Lead):
+            await _lead(call, manager, entered.flight, timeout)
+            return
+        await call.attempts(run, call.definition)  # held by an ancestor, which commits in its turn
+        return
+
+
+async def _lead(call: Call, manager: LockManager, flight: Flight, timeout: float | None) -> None:
+    """The leader's way: look up, acquire, look up again, run, commit with the token, release, wake."""
+    run = call.run
+    served: Served | None = None
+    held: Held | None = None
+    run.leads += 1
+    try:
+        miss = await _look_up(call)
+        if miss is None:
+            served = _as_served(call)
+            return
+        held = await hold(run, flight, manager, timeout)
+        miss = await _look_up(call)
+        if miss is None:
+            served = _as_served(call)
+            return
+        await call.attempts(run, call.definition)
+        served = await commit(call, miss.version, held)
+    finally:
+        run.leads -= 1
+        if held is not None and run.transaction is not None and served is not None:
+            _keep_for_outcome(run, flight, held, served)
+        else:
+            if held is not None:
+                await uncancelled(held.release())
+            run.engine.flights.finish(flight, served)
+
+
+def _keep_for_outcome(run: TaskRun | FlowRun, flight: Flight, held: Held, served: Served) -> None:
+    """In a transaction the key stays held until the outcome; who waits inside the block is served by what is staged."""
+    txn = run.transaction
+    assert txn is not None
+    flight.leader = txn
+    txn.leads += 1
+    txn.held.append(held)
+    outermost = txn
+    while outermost.parent is not None and not outermost.independent:
+        outermost = outermost.parent
+    run.engine.flights.serve(
+        flight, served, lambda waiter: any(each is outermost for each in lineage(waiter))
+    )
+
+
+def _as_served(call: Call) -> Served | None:
+    """A hit of the leader's serves those who waited for its look-up: at once where the value may be shared."""
+    value = call.run.states[-1].data
+    if type(value) in SHAREABLE:
+        return Served(lambda: value, call.run.reason, call.run.engine.clock())
+    return None
+
+
+def _must_refresh(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> bool:
     if definition.refresh_cache is not None:
         return definition.refresh_cache
     return run.engine.settings.tasks_refresh_cache
@@ -105,22 +226,24 @@ def _must_refresh(run: TaskRun | FlowRun, definition: Definition) -> bool:
 # --- the key
 
 
-async def key_of(run: TaskRun | FlowRun, definition: Definition, policy: CachePolicy | None) -> Key:
+async def key_of(run: TaskRun | FlowRun, definition: Definition[..., Any], policy: CachePolicy | None) -> Key:
     """The key of this call. A part that cannot be computed means no key, and one warning that says what to do."""
-    if policy is None:
-        from ._engine import storage_key
-
-        assert definition.result_storage_key is not None
-        return Key(storage_key(definition.result_storage_key, run), {})
     if isinstance(policy, NonePolicy):
         return Key(None, {}, "the policy is NONE")
     try:
+        if policy is None:
+            assert definition.result_storage_key is not None
+            return Key(storage_key(definition.result_storage_key, run), {})
         return await _key_of(run, policy)
     except UncacheableInputError as error:
         why = f"{error.path} has no cache key"
-        _warn(run, definition, f"{definition.name}({', '.join(run.parameters)}): {error}. {_REMEDIES % error.path.partition('[')[0].partition('.')[0]}")
+        _warn(
+            run,
+            definition,
+            f"{definition.name}({', '.join(run.parameters)}): {error}. {_REMEDIES % error.path.partition('[')[0].partition('.')[0]}",
+        )
     except CacheKeyError as error:
-        why = "the key function gave no key"
+        why = "there is no usable key"
         _warn(run, definition, str(error))
     except EngineError:
         raise
@@ -136,7 +259,7 @@ async def key_of(run: TaskRun | FlowRun, definition: Definition, policy: CachePo
 _REMEDIES = "Leave it out with INPUTS - '%s', give it __cache_key__, or use NONE."
 
 
-def _warn(run: TaskRun | FlowRun, definition: Definition, text: str) -> None:
+def _warn(run: TaskRun | FlowRun, definition: Definition[..., Any], text: str) -> None:
     logger.warning("%s %r - not cached: %s", definition.kind, run.name, text)
 
 
@@ -157,7 +280,9 @@ async def _key_of(run: TaskRun | FlowRun, policy: CachePolicy) -> Key:
         if inspect.isawaitable(text):
             text = await text
         found = _policies.custom(part, text)
-        if part is policy:  # a key function's text, and that of a policy of the user's own, is the key, verbatim
+        if (
+            part is policy
+        ):  # a key function's text, and that of a policy of the user's own, is the key, verbatim
             return Key(text or None, found, "the key function returned no key")
         _policies.merge(components, found)
     return Key(key_from(components), components, "the policy has nothing to make a key of")
@@ -166,14 +291,18 @@ async def _key_of(run: TaskRun | FlowRun, policy: CachePolicy) -> Key:
 # --- the commit
 
 
-async def commit(run: TaskRun | FlowRun, definition: Definition, place: Place, key: Key) -> None:
-    """Write the record of a completed run. What goes wrong is a warning: the task's value is never lost by it."""
+async def commit(call: Call, expect: str | None, held: Held | None = None) -> Served | None:
+    """Write the record of a completed run, or stage it in the open transaction; what others may be served from.
+
+    What goes wrong is a warning: the task's value is never lost by it. In a transaction it breaks the block.
+    """
+    run, definition, place, key = call.run, call.definition, call.place, call.key
     state = run.states[-1]
     if state.type is FAILED:
         await _keep_failure(run, definition, place, key)
-        return
+        return None
     if state.type is not COMPLETED:
-        return
+        return None
     assert key.text is not None
     expiration = definition.cache_expiration
     facts = Facts(
@@ -181,26 +310,51 @@ async def commit(run: TaskRun | FlowRun, definition: Definition, place: Place, k
         definition.name,
         key.components,
         None if expiration is None else run.engine.clock() + expiration.total_seconds(),
+        held.token if held is not None else None,
     )
     records = run.engine.records
+    txn = run.transaction
     try:
-        await records.write(await records.prepare(place, key.text, state.data, facts))
-    except Exception as error:  # noqa: BLE001 - a storage of the user's own may raise anything
+        prepared = await records.prepare(place, key.text, state.data, facts)
+        if txn is not None and txn.joins:
+            served: Served = records.served(prepared)
+            txn.add_record(call.where, Staged(prepared, expect, held is not None, served, run))
+            return served
+        if held is not None and held.lost:
+            raise Refused(call.where, "its lease was lost")
+        await records.write(prepared, expect=expect, exclusive=held is not None)
+    except Refused as error:
+        await _yield_to_winner(call, error)
+        return None
+    except Exception as error:  # a storage of the user's own may raise anything
+        if txn is not None:
+            txn.break_with(CommitError(key.text, str(error)))
         logger.warning(
             "%s %r - its result could not be stored, and is not cached: %s", definition.kind, run.name, error
         )
-        return
+        return None
     state.location = key.text
+    return records.served(prepared) if held is not None else None
 
 
-async def _keep_failure(run: TaskRun | FlowRun, definition: Definition, place: Place, key: Key) -> None:
+async def _yield_to_winner(call: Call, error: Refused) -> None:
+    """The key was somebody else's by the time of the commit: theirs is the result, where they have one."""
+    run = call.run
+    assert call.key.text is not None
+    found = await run.engine.records.lookup(call.place, call.key.text)
+    logger.warning(
+        "%s %r - its result is not published: %s. %s", call.definition.kind, run.name, error.reason,
+        "The other holder's result is returned." if isinstance(found, Hit) else "It is returned all the same.",
+    )  # fmt: skip
+    if isinstance(found, Hit):
+        run.states[-1].data = found.value
+
+
+async def _keep_failure(run: TaskRun | FlowRun, definition: Definition[..., Any], place: Place, key: Key) -> None:
     """Keep the exception of a failed run under a random key, never under its cache key."""
     state = run.states[-1]
     facts = Facts(run.id, definition.name, key.components)
     try:
         state.location = await run.engine.records.keep_failure(place.storage, state.error(), facts)
-    except Exception as error:  # noqa: BLE001 - a storage of the user's own may raise anything
+    except Exception as error:  # a storage of the user's own may raise anything
         logger.warning("%s %r - its failure could not be stored: %s", definition.kind, run.name, error)
-
-
-__all__ = ["commit", "key_of", "new_id", "perform", "wanted"]

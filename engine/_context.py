@@ -18,11 +18,14 @@ from ._states import PENDING, quick
 
 if TYPE_CHECKING:
     from ._engine import Engine
+    from ._flights import Flight
     from ._flow import Flow
-    from ._futures import TaskFuture
+    from ._futures import RunFuture
     from ._task import Task
+    from ._transaction import transaction
 
 current_run: ContextVar[TaskRun | FlowRun | None] = ContextVar("onceflow_run", default=None)
+current_transaction: ContextVar[transaction | None] = ContextVar("onceflow_transaction", default=None)
 current_tags: ContextVar[frozenset[str]] = ContextVar("onceflow_tags", default=frozenset())
 
 _random = Random()
@@ -46,8 +49,13 @@ class Run(Life):
 
     engine: Engine
     parent: TaskRun | FlowRun | None = None
+    transaction: transaction | None = None
+    """The innermost transaction that the run is part of."""
     tags: frozenset[str] = frozenset()
     reason: str = ""
+    leads: int = 0
+    """How many keys the run holds, so that nobody else executes them."""
+    _blocked_on: list[Flight] | None = None
     key: str | None = None
     name_template: str | Callable[..., str] | None = None
     _id: str | None = None
@@ -56,8 +64,23 @@ class Run(Life):
     if TYPE_CHECKING:
         parameters: dict[str, Any]
 
+        @property
+        def flow_run(self) -> FlowRun | None: ...
+
     def _definition(self) -> Task[..., Any] | Flow[..., Any]:
         raise NotImplementedError
+
+    def begin_waiting(self) -> None:
+        """The run waits for another holder of its key."""
+        if self.states[-1].name != "Waiting":
+            self.enter("wait")
+
+    @property
+    def blocked_on(self) -> list[Flight]:
+        """The keys that this run, or one that it called, waits for while it holds others."""
+        if self._blocked_on is None:
+            self._blocked_on = []
+        return self._blocked_on
 
     @property
     def id(self) -> str:
@@ -68,11 +91,31 @@ class Run(Life):
 
     @property
     def name(self) -> str:
-        """The run's name: from its template where it has one, else its task's or flow's name and a short id."""
-        if self._name is None:
-            default = f"{self._definition().name}-{self.id[-3:]}"
-            self._name = default if self.name_template is None else self._named(self.name_template)
-        return self._name
+        """The run's name: from its template where it has one, else its task's or flow's name and a short id.
+
+        A template is filled in once, when the run begins: only then its parameters are values, not futures.
+        """
+        if self._name is not None:
+            return self._name
+        default = f"{self._definition().name}-{self.id[-3:]}"
+        if self.name_template is None:
+            self._name = default
+        return default
+
+    def settle_name(self) -> None:
+        """Fill in the name template; called once, when the arguments are settled.
+
+        Raises:
+            ConfigurationError: See `_named`; the run keeps its default name.
+        """
+        assert self.name_template is not None
+        template, self.name_template = self.name_template, None
+        default = self.name
+        self._name = None
+        try:
+            self._name = self._named(template)
+        finally:
+            self._name = self._name or default
 
     def _named(self, template: str | Callable[..., str]) -> str:
         """The name that a template or a callable gives.
@@ -84,9 +127,10 @@ class Run(Life):
             takes_parameters = len(inspect.signature(template).parameters) > 0
             name = template(self.parameters) if takes_parameters else template()
         else:
+            fields = {**self.parameters, "parameters": self.parameters}
             try:
-                name = template.format(**{**self.parameters, "parameters": self.parameters})
-            except (KeyError, IndexError, AttributeError, ValueError) as error:
+                name = template.format(**fields)
+            except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
                 raise ConfigurationError(
                     f"The run name {template!r} of {self._definition().name!r} cannot be made: {error!r}.",
                     f"It may use {', '.join(self.parameters) or 'no parameters'}.",
@@ -138,7 +182,11 @@ class TaskRun(Run):
     _parameters: dict[str, Any] | None = None
 
     def __init__(
-        self, task: Task[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parent: TaskRun | FlowRun | None
+        self,
+        task: Task[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parent: TaskRun | FlowRun | None,
     ) -> None:
         self.task = task
         self.args = args
@@ -170,7 +218,7 @@ class TaskRun(Run):
         return self.flow_run.flow if self.flow_run else None
 
     @property
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Any]:  # type: ignore[override]  # bound when first read
         """The bound arguments by name, defaults applied, futures replaced by their values."""
         if self._parameters is None:
             self._parameters = self.task.bind(self.args, self.kwargs)
@@ -184,11 +232,11 @@ class FlowRun(Run):
         self, flow: Flow[..., Any], parameters: Mapping[str, Any], parent: TaskRun | FlowRun | None
     ) -> None:
         self.flow = flow
-        self.parameters: dict[str, Any] = dict(parameters)
+        self.parameters = dict(parameters)
         self.states = [quick(PENDING, "Pending")]
         self.parent = parent
-        self.running: set[TaskFuture[Any]] = set()
-        self.failed: list[TaskFuture[Any]] = []
+        self.running: set[RunFuture[Any]] = set()
+        self.failed: list[RunFuture[Any]] = []
 
     def _definition(self) -> Flow[..., Any]:
         return self.flow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
@@ -41,7 +41,9 @@ class Definition(Generic[P, R]):
         self.__doc__ = inspect.getdoc(fn)
         self.description: str | None = said("description") or self.__doc__
         self.version: str | int | None = said("version")
-        self.tags = frozenset(said("tags", ()))
+        self.tags = self._checked_tags(said("tags", ()))
+        if self.tags:
+            self._stated["tags"] = self.tags  # the caller's own collection may change
         self.signature = inspect.signature(fn)
         self._bind = _binder(self.signature)
         check_retries(self.kind, self.name, self._stated)
@@ -61,6 +63,13 @@ class Definition(Generic[P, R]):
     def _check_callable(self, option: str, value: Any) -> None:
         if value is not None and not callable(value):
             raise TypeError(f"{option} of {self.name!r} takes a callable, not {value!r}.")
+
+    def _checked_tags(self, tags: Any) -> frozenset[str]:
+        if isinstance(tags, Iterable) and not isinstance(tags, str):
+            checked = frozenset(tags)
+            if all(isinstance(tag, str) for tag in checked):
+                return checked
+        raise TypeError(f"tags of {self.name!r} takes a list of texts, such as ['database'], not {tags!r}.")
 
     # --- caching
 

@@ -12,19 +12,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
+from ..locking import LockManager, lock_manager_from_url
 from ..storage import LocalStorage, Storage, storage_from_url
 from ..storage._serializers import Serializer, serializer_by_name
 from . import _logging
-from ._context import current_run
-from ._errors import EngineClosedError
+from ._errors import CacheKeyError, EngineClosedError
+from ._flights import Room
 from ._records import Place, Records
 from ._settings import Settings
 
 if TYPE_CHECKING:
     import anyio
 
-    from ..locking import LockManager
-    from ._context import FlowRun, Run, TaskRun
+    from ._context import FlowRun, TaskRun
     from ._futures import RunFuture
     from ._policies import CachePolicy
 
@@ -77,6 +77,9 @@ class Engine:
         self._outer: Engine | None = None
         self._own: dict[str, Storage] = {}
         self._serializers: dict[str, Serializer] = {}
+        self._met: dict[str, Storage] = {}
+        self.flights = Room()
+        self._own_locks: LockManager | None = None
 
     # --- opening and closing
 
@@ -98,19 +101,22 @@ class Engine:
         storage, key_storage, serializer, settings, grace, threads = self._given
         try:
             self._stamp = _environment()
-            self.settings = settings or await asyncio.to_thread(Settings.load)
+            self.settings: Settings = settings if settings is not None else await asyncio.to_thread(Settings.load)
             self.grace = self.settings.grace if grace is None else grace
             self._limiter = anyio.CapacityLimiter(threads or self.settings.worker_threads)
             self.serializer = self.serializer_for(serializer or self.settings.results_default_serializer)
             self.storage = self.storage_for(storage or self.settings.storage or "~/.onceflow/storage")
             spec = key_storage or self.settings.key_storage
             self.key_storage = self.storage_for(spec) if spec else None
+            if self.lock_manager is None and self.settings.locks:
+                self.lock_manager = self._own_locks = lock_manager_from_url(self.settings.locks)
             keys = self.settings.results_signing_key
             self.records = Records(
                 self.in_thread,
                 clock=self.clock,
                 signing_keys=[key.strip().encode() for key in keys.split(",")] if keys else (),
                 allow_pickle=self.settings.results_allow_pickle,
+                storage_at=self._storage_at,
             )
             if self.settings.logging_level:
                 _logging.show(self.settings.logging_level.upper())
@@ -131,6 +137,9 @@ class Engine:
         for storage in self._own.values():
             await storage.aclose()
         self._own.clear()
+        if self._own_locks is not None:
+            await self._own_locks.aclose()
+            self.lock_manager = self._own_locks = None
 
     async def _drain(self) -> None:
         works = {future._work for future in self.running}
@@ -174,9 +183,20 @@ class Engine:
         if name not in self._own:
             storage = storage_from_url(spec)
             if isinstance(storage, LocalStorage) and "durability=" not in name:
-                storage = LocalStorage(storage.path, durability=self.settings.durability)
+                storage = LocalStorage(storage.path, durability="power" if self.settings.durability == "power" else "process")
             self._own[name] = storage
         return self._own[name]
+
+    def _meet(self, storage: Storage) -> Storage:
+        self._met.setdefault(storage.url, storage)
+        return storage
+
+    def _storage_at(self, url: str) -> Storage:
+        """The storage of a URL that a transaction's intent names: one that is in use here, else a new one."""
+        for storage in (self.storage, self.key_storage, *self._own.values(), *self._met.values()):
+            if storage is not None and storage.url == url:
+                return storage
+        return self.storage_for(url)
 
     def serializer_for(self, spec: SerializerLike) -> Serializer:
         if isinstance(spec, Serializer):
@@ -197,8 +217,8 @@ class Engine:
         if definition.result_storage_key is not None and policy is not None:
             location = storage_key(definition.result_storage_key, run)
         return Place(
-            self.storage_for(storage) if storage else self.storage,
-            self.storage_for(keys) if keys is not None else self.key_storage,
+            self._meet(self.storage_for(storage)) if storage else self.storage,
+            self._meet(self.storage_for(keys)) if keys is not None else self.key_storage,
             self.serializer_for(serializer) if serializer else self.serializer,
             location,
         )
@@ -216,13 +236,28 @@ class Engine:
 
 
 def storage_key(template: str, run: TaskRun | FlowRun) -> str:
-    """A result storage key from its template: `{parameters[x]}`, `{x}`, `{task_run.name}`, `{flow_run.id}`."""
+    """A result storage key from its template: `{parameters[x]}`, `{x}`, `{task_run.name}`, `{flow_run.id}`.
+
+    Raises:
+        CacheKeyError: The template asks for what is not there, or makes an empty key.
+    """
     fields: dict[str, Any] = dict(run.parameters)
     fields["parameters"] = run.parameters
     fields["flow_run"] = run.flow_run
     if run.task is not None:
         fields["task_run"] = run
-    return template.format(**fields)
+    try:
+        key = template.format(**fields)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        if key:
+            return key
+        reason = "it is empty"
+    raise CacheKeyError(
+        f"The result storage key {template!r} cannot be made: {reason}.",
+        f"It may use {', '.join(f'{{{name}}}' for name in fields)}, and flow_run only inside of a flow.",
+    )
 
 
 # --- which engine
@@ -282,14 +317,3 @@ async def _close_with_loop(loop: asyncio.AbstractEventLoop, engine: Engine) -> N
     generator = parked()
     await anext(generator)
     _parked.setdefault(loop, []).append(generator)
-
-
-def owner_here() -> tuple[FlowRun | Engine, Run | None] | None:
-    """Who would own a run submitted here: the enclosing flow run, else the engine entered in this context."""
-    run = current_run.get()
-    if run is not None and run.flow_run is not None:
-        return run.flow_run, run
-    engine = current_engine.get()
-    if engine is not None and engine._is_open:
-        return engine, run
-    return None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
 from ._context import FlowRun, TaskRun, current_run, current_tags
 from ._definition import Definition, check_no_wait_for
-from ._engine import Engine, ambient, ambient_now, current_engine
+from ._engine import ambient, ambient_now, current_engine
 from ._futures import FutureList, RunFuture, find_marked, replace_marked, settle
 from ._options import FlowOptions
+from ._owning import cancel_all, finish
 from ._parameters import Validator
 from ._policies import CachePolicy
 from ._run import perform
@@ -46,16 +46,16 @@ class Flow(Definition[P, R]):
     def _default_retries(self, run: TaskRun | FlowRun) -> tuple[int, Any]:
         settings = run.engine.settings
         delays = self.retry_delay_seconds
-        return settings.flows_default_retries, settings.flows_default_retry_delay_seconds if delays is None else delays
+        return (
+            settings.flows_default_retries,
+            settings.flows_default_retry_delay_seconds if delays is None else delays,
+        )
 
     # --- calls
 
     async def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlowRun:
         parent = current_run.get()
-        parameters = self.bind(args, kwargs)
-        if self._validator is not None:
-            parameters = self._validator(parameters)
-        run = FlowRun(self, parameters, parent)
+        run = FlowRun(self, self.bind(args, kwargs), parent)
         entered = current_engine.get()
         if entered is not None and entered._is_open:
             run.engine = entered
@@ -97,6 +97,19 @@ class Flow(Definition[P, R]):
 
     # --- the body
 
+    async def prepare(self, run: FlowRun) -> None:
+        """Await the futures among the parameters, and validate: before the body, once for all its attempts.
+
+        Raises:
+            ParameterError: Names every parameter that does not validate.
+        """
+        marked: list[Any] = []
+        find_marked(run._parameters, marked, set())
+        if marked:
+            run._parameters = replace_marked(run._parameters, await settle(marked), {})
+        if self._validator is not None:
+            run._parameters = self._validator(run._parameters)
+
     async def body(self, run: FlowRun) -> R:
         """Run the function, then see to what it submitted."""
         args, kwargs = _call_form(self.signature, run.parameters)
@@ -107,7 +120,7 @@ class Flow(Definition[P, R]):
             else:
                 value = await run.engine.in_thread(_call, self.fn, args, kwargs)
             value = await _resolve(value)
-            await _finish(run)
+            await finish(run, f"flow run {run.name!r}")
         except BaseException:
             await cancel_all(run)
             raise
@@ -120,7 +133,9 @@ def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return fn(*args, **kwargs)
 
 
-def _call_form(signature: inspect.Signature, parameters: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call_form(
+    signature: inspect.Signature, parameters: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call from its bound parameters."""
     bound = inspect.BoundArguments(signature, dict(parameters))  # type: ignore[arg-type]
     return bound.args, bound.kwargs
@@ -132,50 +147,10 @@ async def _resolve(value: Any) -> Any:
     find_marked(value, marked, set())
     futures = [part for part in marked if isinstance(part, (RunFuture, FutureList))]
     if not futures:
-        return value
+        return value  # type: ignore[no-any-return]
     for future in futures:
         await future
     return replace_marked(value, await settle(marked), {})
-
-
-async def _finish(run: FlowRun) -> None:
-    """Wait for what was submitted; a failure that nobody looked at fails the flow.
-
-    Raises:
-        ExceptionGroup: The failures, each once.
-    """
-    while run.running:
-        await asyncio.wait({future._work for future in run.running})
-        run.running = {future for future in run.running if not future._work.done()}
-    errors = unnoticed(run.failed)
-    run.failed = []
-    if errors:
-        raise ExceptionGroup(
-            f"{len(errors)} submitted run{'s' if len(errors) > 1 else ''} of flow run {run.name!r} failed, and nobody looked",
-            errors,
-        )
-
-
-def unnoticed(failed: Iterable[RunFuture[Any]]) -> list[Exception]:
-    """The errors of failed runs that nobody awaited or looked at."""
-    errors: list[Exception] = []
-    for future in failed:
-        if not future._observed:
-            error = future.run.state.error()
-            if isinstance(error, Exception) and error not in errors:
-                errors.append(error)
-    return errors
-
-
-async def cancel_all(owner: FlowRun | Engine) -> None:
-    """Cancel the unfinished runs of a flow run and wait until they have ended."""
-    works = [future._work for future in owner.running]
-    for work in works:
-        work.cancel()
-    if works:
-        await asyncio.wait(works)
-    owner.running.clear()
-    owner.failed.clear()
 
 
 @overload
@@ -203,5 +178,3 @@ class _Decorator:
     def __call__(self, fn: Callable[P, R], /) -> Flow[P, R]: ...
     def __call__(self, fn: Callable[..., Any], /) -> Any:
         return Flow(fn, self._options)
-
-

@@ -33,15 +33,15 @@ class Annotation(Generic[T]):
         return f"{type(self).__name__}({self.value!r})"
 
 
-class unmapped(Annotation[T]):  # noqa: N801 - Prefect's name
+class unmapped(Annotation[T]):
     """`t.map(xs, unmapped(y))`: every run gets the whole `y`."""
 
 
-class allow_failure(Annotation[T]):  # noqa: N801
+class allow_failure(Annotation[T]):
     """`t.submit(allow_failure(future))`: runs also when the future failed, and is given its exception."""
 
 
-class quote(Annotation[T]):  # noqa: N801
+class quote(Annotation[T]):
     """`t.submit(quote(x))`: `x` is handed on as it is, neither searched for futures nor awaited."""
 
 
@@ -443,7 +443,7 @@ def _rebuilt(value: Any, kind: type, settled: dict[int, Any], memo: dict[int, An
     return twin
 
 
-class NotReady(Exception):  # noqa: N818 - an instruction to the shell, never seen by users
+class NotReady(Exception):
     """A run that this one depends on did not complete."""
 
     def __init__(self, upstream: Run) -> None:

@@ -34,7 +34,8 @@ def spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any], wait_for: Any) -> FutureList[R]:
     columns: dict[int | str, list[Any]] = {}
     constants: dict[int | str, Any] = {}
-    for place, value in [*enumerate(args), *kwargs.items()]:
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in given:
         column = _column(value)
         if column is None:
             constants[place] = value.value if isinstance(value, unmapped) else value

@@ -22,7 +22,7 @@ from ._errors import CacheKeyError, ConfigurationError
 if TYPE_CHECKING:
     from ..locking import LockManager
     from ..storage import Storage
-    from ._context import TaskRun
+    from ._context import FlowRun, TaskRun
 
 ABSENT = ""
 FORMAT = b"onceflow key 1\n"
@@ -55,11 +55,12 @@ class CachePolicy:
     key_storage: Storage | str | os.PathLike[str] | None = None
     isolation_level: IsolationLevel | None = None
     lock_manager: LockManager | None = None
+    lock_timeout: float | None = None
     name: ClassVar[str] = ""
 
     def compute_key(
         self, task_ctx: Any, inputs: Mapping[str, Any], flow_parameters: Mapping[str, Any] | None, **kwargs: Any
-    ) -> str | None | Awaitable[str | None]:
+    ) -> str | Awaitable[str | None] | None:
         """The key of this call, or None for "not cached".
 
         Args:
@@ -80,11 +81,12 @@ class CachePolicy:
         key_storage: Storage | str | os.PathLike[str] | None = None,
         isolation_level: IsolationLevel | str | None = None,
         lock_manager: LockManager | None = None,
+        lock_timeout: float | None = None,
     ) -> Self:
         """This policy, with its records elsewhere, another isolation level, or its own lock manager."""
         configured = copy(self)
         level = None if isolation_level is None else IsolationLevel.parse(isolation_level)
-        said = {"key_storage": key_storage, "isolation_level": level, "lock_manager": lock_manager}
+        said = {"key_storage": key_storage, "isolation_level": level, "lock_manager": lock_manager, "lock_timeout": lock_timeout}
         for option, value in said.items():
             if value is not None:
                 object.__setattr__(configured, option, value)  # a user's policy may be a frozen dataclass
@@ -107,7 +109,7 @@ class CachePolicy:
         return (self,)
 
     def _configuration(self) -> tuple[Any, ...]:
-        return self.key_storage, self.isolation_level, self.lock_manager
+        return self.key_storage, self.isolation_level, self.lock_manager, self.lock_timeout
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CachePolicy) or type(self) is not type(other):
@@ -123,7 +125,7 @@ class CachePolicy:
 
 def _own(policy: CachePolicy) -> dict[str, Any]:
     """What a policy was made of, its configuration apart."""
-    options = ("key_storage", "isolation_level", "lock_manager")
+    options = ("key_storage", "isolation_level", "lock_manager", "lock_timeout")
     return {name: value for name, value in vars(policy).items() if name not in options}
 
 
@@ -140,7 +142,7 @@ class ComponentPolicy(CachePolicy):
         """
         raise NotImplementedError
 
-    def is_heavy(self, run: TaskRun) -> bool:
+    def is_heavy(self, run: TaskRun | FlowRun) -> bool:
         """Whether computing the components may read files or hash much, and so must leave the loop."""
         return False
 
@@ -187,7 +189,7 @@ class InputsPolicy(ComponentPolicy):
             return inputs
         return {name: value for name, value in inputs.items() if name not in self.exclude}
 
-    def is_heavy(self, run: TaskRun) -> bool:
+    def is_heavy(self, run: TaskRun | FlowRun) -> bool:
         return any(_fingerprint.is_heavy(value) for value in self._kept(run.parameters).values())
 
     def __sub__(self, name: str) -> CachePolicy:
@@ -211,10 +213,11 @@ class TaskSourcePolicy(ComponentPolicy):
         key_storage: Storage | str | os.PathLike[str] | None = None,
         isolation_level: IsolationLevel | str | None = None,
         lock_manager: LockManager | None = None,
+        lock_timeout: float | None = None,
         follow_helpers: bool | None = None,
     ) -> Self:
         """As for every policy; `follow_helpers=False` stops at the task's own function."""
-        policy = super().configure(key_storage, isolation_level, lock_manager)
+        policy = super().configure(key_storage, isolation_level, lock_manager, lock_timeout)
         if follow_helpers is not None:
             policy.follow_helpers = follow_helpers
         return policy
@@ -232,8 +235,9 @@ class TaskSourcePolicy(ComponentPolicy):
         components["source"] = meaning.own
         return components
 
-    def is_heavy(self, run: TaskRun) -> bool:
-        return run.task.version is None and not _source.is_warm(run.task.fn)
+    def is_heavy(self, run: TaskRun | FlowRun) -> bool:
+        definition = run.task or run.flow
+        return definition is not None and definition.version is None and not _source.is_warm(definition.fn)
 
 
 class FlowParametersPolicy(ComponentPolicy):
@@ -249,7 +253,7 @@ class FlowParametersPolicy(ComponentPolicy):
         digests = _fingerprint.digest_inputs(flow_parameters)
         return {f"flow parameter {name!r}": digest for name, digest in digests.items()}
 
-    def is_heavy(self, run: TaskRun) -> bool:
+    def is_heavy(self, run: TaskRun | FlowRun) -> bool:
         flow_run = run.flow_run
         return flow_run is not None and any(map(_fingerprint.is_heavy, flow_run.parameters.values()))
 
@@ -290,7 +294,7 @@ class CompoundPolicy(CachePolicy):
         self.policies = tuple(
             part for policy in given for part in policy.parts() if not isinstance(part, NonePolicy)
         )
-        for option in ("key_storage", "isolation_level", "lock_manager"):
+        for option in ("key_storage", "isolation_level", "lock_manager", "lock_timeout"):
             setattr(self, option, _agreed(option, given))
 
     def parts(self) -> tuple[CachePolicy, ...]:
@@ -307,7 +311,7 @@ class CompoundPolicy(CachePolicy):
 
     def compute_key(
         self, task_ctx: Any, inputs: Mapping[str, Any], flow_parameters: Mapping[str, Any] | None, **kwargs: Any
-    ) -> str | None | Awaitable[str | None]:
+    ) -> str | Awaitable[str | None] | None:
         found, pending = _gather(self.policies, task_ctx, inputs, flow_parameters)
         if not pending:
             return key_from(found)
@@ -349,7 +353,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _merged(policy: CachePolicy, pair: list[CachePolicy]) -> CachePolicy:
     """`policy` with what the two together configure: NONE adds no part, but may carry a configuration."""
-    return policy.configure(*(_agreed(option, pair) for option in ("key_storage", "isolation_level", "lock_manager")))
+    return policy.configure(*(_agreed(option, pair) for option in ("key_storage", "isolation_level", "lock_manager", "lock_timeout")))
 
 
 def _gather(

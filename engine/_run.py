@@ -13,39 +13,52 @@ from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
 from . import _caching
-from ._context import FlowRun, Run, TaskRun, current_run
+from ._commit import uncancelled
+from ._context import FlowRun, Run, TaskRun, current_run, current_transaction
 from ._errors import RunTimeoutError, UpstreamFailedError
 from ._futures import LEAVES, NotReady, find_marked, replace_marked, settle
 from ._kernel import Do
 from ._logging import INFO, logger
-from ._states import COMPLETED, FAILED, State
+from ._states import CANCELLED, COMPLETED, CRASHED, FAILED, State
+from ._transaction import transaction
 
 if TYPE_CHECKING:
-    from ._flow import Flow
-    from ._task import Task
+    from ._definition import Definition
 
 
 async def perform(run: TaskRun | FlowRun) -> State[Any]:
     """Bring a run to its final state, in the caller's asyncio task."""
-    definition: Task[..., Any] | Flow[..., Any] = run.task or run.flow  # type: ignore[assignment]
+    definition: Definition[..., Any] = run.task or run.flow  # type: ignore[assignment]
     token: Token[Any] = current_run.set(run)
     try:
-        if run.task is not None and (marked := _marked(run)):
+        if run.task is None:
+            await run.flow.prepare(run)
+        elif marked := _marked(run):
             await _resolve(run, marked)
-        if _caching.wanted(run, definition):
+        if run.name_template is not None:
+            run.settle_name()
+        outer = current_transaction.get()
+        if outer is not None or (definition.hooks and _has_outcome_hooks(definition)):
+            await _within(outer, run, definition)
+        elif _caching.wanted(run, definition):
             await _caching.perform(run, definition, attempts)
         else:
             await attempts(run, definition)
     except CancelledError:
-        run.enter("cancel", message="cancelled while it ran")
-        await _end(run, definition)
+        if not run.is_over:  # cancelled during its commit, a completed run stays completed
+            run.enter("cancel", message="cancelled while it ran")
+        await uncancelled(_end(run, definition))
         raise
     except NotReady as error:
         _not_ready(run, error.upstream)
     except Exception as error:  # what the engine itself could not do: a configuration error, for one
-        run.enter("fail", error, f"{type(error).__name__}: {error}")
+        if run.is_over:  # the body's outcome stands
+            logger.exception("%s %r - %r after its end", definition.kind, run.name, error)
+        else:
+            run.enter("fail", error, f"{type(error).__name__}: {error}")
     except BaseException as error:
-        run.enter("crash", error, f"{type(error).__name__}: {error}")
+        if not run.is_over:
+            run.enter("crash", error, f"{type(error).__name__}: {error}")
         await _end(run, definition)
         raise
     finally:
@@ -53,6 +66,45 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     if definition.hooks or logger.isEnabledFor(INFO):
         await _end(run, definition)
     return run.states[-1]
+
+
+def _has_outcome_hooks(definition: Definition[..., Any]) -> bool:
+    return "on_commit" in definition.hooks or "on_rollback" in definition.hooks
+
+
+async def _within(
+    outer: transaction | None, run: TaskRun | FlowRun, definition: Definition[..., Any]
+) -> None:
+    """Run as a part of the open transaction: a savepoint of its own, so that a failure drops what it staged.
+
+    Outside of one a run with commit or rollback hooks gets a transaction that carries them, and commits alone.
+    """
+    txn = transaction()
+    txn.run = run
+    txn.is_savepoint = True
+    txn.joins = outer is not None
+    txn.attach(outer, run.engine)
+    run.transaction = txn
+    token = current_transaction.set(txn) if outer is not None else None
+    try:
+        if _caching.wanted(run, definition):
+            await _caching.perform(run, definition, attempts)
+        else:
+            await attempts(run, definition)
+    except BaseException:
+        await uncancelled(txn.roll_back())
+        raise
+    finally:
+        if token is not None:
+            current_transaction.reset(token)
+    if run.states[-1].type is not COMPLETED:
+        await txn.roll_back()
+        return
+    txn.add_run(run, definition.hooks)
+    if outer is not None and not txn.is_rolled_back():
+        txn.join_parent()
+    else:
+        await uncancelled(txn.roll_back() if txn.is_broken or txn.is_rolled_back() else txn.commit())
 
 
 def _marked(run: TaskRun) -> list[Any]:
@@ -74,6 +126,7 @@ async def _resolve(run: TaskRun, marked: list[Any]) -> None:
     memo: dict[int, Any] = {}
     run.args = tuple([replace_marked(value, settled, memo) for value in run.args])
     run.kwargs = {name: replace_marked(value, settled, memo) for name, value in run.kwargs.items()}
+    run._parameters = None  # whoever read them before, as of a future's run, saw futures
 
 
 def _not_ready(run: TaskRun | FlowRun, upstream: Run) -> None:
@@ -83,7 +136,7 @@ def _not_ready(run: TaskRun | FlowRun, upstream: Run) -> None:
     run.reason = "did not run: upstream failed"
 
 
-async def attempts(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> None:
+async def attempts(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
     """Run the body as often as the kernel says. Ends in a final state, or raises a cancellation or a crash."""
     if (rule := definition.rule_for(run)) is not None:
         run.rule = rule
@@ -115,7 +168,7 @@ async def attempts(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[...
 
 
 async def _attempt_within(
-    run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any], seconds: float
+    run: TaskRun | FlowRun, definition: Definition[..., Any], seconds: float
 ) -> Do:
     """Run the body once, for `seconds` at most, and tell the kernel how it ended."""
     limit = asyncio.timeout(seconds)
@@ -131,7 +184,7 @@ async def _attempt_within(
     return run.returned(value)
 
 
-async def _condition(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> bool:
+async def _condition(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> bool:
     """Whether the user's condition wants another attempt; one that raises does not, and says so."""
     assert definition.retry_condition_fn is not None
     try:
@@ -142,7 +195,7 @@ async def _condition(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[.
         return False
 
 
-async def _end(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any]) -> None:
+async def _end(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
     """Log the final state and call its hooks."""
     state = run.states[-1]
     if logger.isEnabledFor(INFO):
@@ -150,13 +203,22 @@ async def _end(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., An
         logger.info("%s %r - Finished in state %r%s", definition.kind, run.name, state, reason)
     event = _EVENTS.get(state.type)
     if event is not None and event in definition.hooks:
-        await call_hooks(run, definition, event)
+        token = current_run.set(run)
+        try:
+            await call_hooks(run, definition, event)
+        finally:
+            current_run.reset(token)
 
 
-_EVENTS = {COMPLETED: "on_completion", FAILED: "on_failure"}
+_EVENTS = {
+    COMPLETED: "on_completion",
+    FAILED: "on_failure",
+    CANCELLED: "on_cancellation",
+    CRASHED: "on_crashed",
+}
 
 
-async def call_hooks(run: TaskRun | FlowRun, definition: Task[..., Any] | Flow[..., Any], event: str) -> None:
+async def call_hooks(run: TaskRun | FlowRun, definition: Definition[..., Any], event: str) -> None:
     """Call the hooks of a state, in order; one that raises is logged, and changes nothing."""
     for hook in definition.hooks[event]:
         name = getattr(hook, "__name__", repr(hook))

@@ -76,7 +76,7 @@ class Settings:
     """Warns of a task that blocks the event loop for longer (`100ms`, `0.5`)."""
 
     @classmethod
-    def load(cls) -> Self:
+    def load(cls) -> Settings:
         """The settings of this process, read now.
 
         Costs a look at `.env` and `pyproject.toml` in the working folder, on the calling thread.
@@ -87,7 +87,7 @@ class Settings:
         environment = _environment()
         if not environment and not os.path.isfile(".env") and not _table():
             return cls()
-        return _load(cls, environment)
+        return _load(environment)
 
 
 NAMES = tuple(field.name for field in fields(Settings))
@@ -133,12 +133,12 @@ def _check(shown: str, name: str) -> None:
         raise SettingsError(shown, f"is not a setting of onceflow.{near}", "Remove it or mend its name.")
 
 
-def _load(cls: type[Settings], environment: Mapping[str, str]) -> Any:
+def _load(environment: Mapping[str, str]) -> Settings:
     for shown in environment:
         _check(shown, shown[len(PREFIX) :])
     from pydantic import ValidationError
 
-    model = _model(cls)
+    model = _model()
     try:
         values = model(**_Pyproject.values(environment)).model_dump()
     except ValidationError as error:
@@ -149,7 +149,7 @@ def _load(cls: type[Settings], environment: Mapping[str, str]) -> Any:
         raise SettingsError(
             f"{PREFIX}{name.upper()}", f"cannot be {first.get('input')!r}: {first['msg']}.", "Mend its value."
         ) from error
-    return cls(**values)
+    return Settings(**values)
 
 
 class _Pyproject:
@@ -174,7 +174,7 @@ def _dotenv() -> set[str]:
 
 
 @lru_cache(maxsize=1)
-def _model(cls: type[Settings]) -> Any:
+def _model() -> Any:
     """A pydantic-settings model with the dataclass's fields."""
     from typing import Annotated, get_type_hints
 
@@ -189,7 +189,7 @@ def _model(cls: type[Settings]) -> Any:
     hints = get_type_hints(cls, globals())  # the class itself says that it lives in the public face
     for name in ("lock_timeout", "grace", "warn_blocking"):
         hints[name] = Annotated[hints[name], BeforeValidator(_seconds)]
-    definitions: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(cls)}
+    definitions: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(Settings)}
     return create_model("Settings", __base__=Base, **definitions)
 
 

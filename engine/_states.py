@@ -51,7 +51,7 @@ class State(Generic[R_co]):
 
     def __init__(
         self,
-        type: StateType,  # noqa: A002 - the public name of the field
+        type: StateType,
         name: str | None = None,
         message: str | None = None,
         data: Any = None,

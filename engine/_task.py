@@ -6,17 +6,19 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from copy import copy
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast, overload
 
 from . import _policies
 from ._caching import key_of, policy_of, wanted
 from ._context import FlowRun, TaskRun, current_run, current_tags
 from ._definition import Definition, check_no_wait_for
-from ._engine import ambient, ambient_now, current_engine, owner_here
+from ._engine import ambient, ambient_now, current_engine
 from ._errors import NoActiveRunError
 from ._futures import FutureList, TaskFuture
 from ._mapping import spread
 from ._options import TaskOptions
+from ._owning import owner_here
 from ._policies import CachePolicy
 from ._run import perform
 from ._states import COMPLETED, State
@@ -52,7 +54,7 @@ class Task(Definition[P, R]):
         self.rate: str | None = self._stated.get("rate")
         self.runner: str | None = self._stated.get("runner")
         self.is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-            getattr(fn, "__call__", None)  # noqa: B004 - an object with an async __call__
+            getattr(_unwrapped(fn), "__call__", None)  # noqa: B004 - an object with an async __call__
         )
         self.body: Callable[[TaskRun], Awaitable[R]] = self._async_body if self.is_async else self._sync_body
 
@@ -62,23 +64,27 @@ class Task(Definition[P, R]):
     def _default_retries(self, run: TaskRun | FlowRun) -> tuple[int, Any]:
         settings = run.engine.settings
         delays = self.retry_delay_seconds
-        return settings.tasks_default_retries, settings.tasks_default_retry_delay_seconds if delays is None else delays
+        return (
+            settings.tasks_default_retries,
+            settings.tasks_default_retry_delay_seconds if delays is None else delays,
+        )
 
     def _async_body(self, run: TaskRun) -> Awaitable[R]:
         awaitable: Awaitable[R] = self.fn(*run.args, **run.kwargs)
         return awaitable
 
-    def _sync_body(self, run: TaskRun) -> Awaitable[R]:
-        return run.engine.in_thread(_call, self.fn, run.args, run.kwargs)
+    async def _sync_body(self, run: TaskRun) -> R:
+        value = await run.engine.in_thread(_call, self.fn, run.args, run.kwargs)
+        if inspect.iscoroutine(value):  # a plain wrapper around an async function
+            value = await value
+        return cast(R, value)
 
     # --- methods: `self` is an input like any other
 
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
     @overload
-    def __get__(
-        self: Task[Concatenate[S, Q], R], instance: S, owner: type | None = None
-    ) -> Task[Q, R]: ...
+    def __get__(self: Task[Concatenate[S, Q], R], instance: S, owner: type | None = None) -> Task[Q, R]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if self._descriptor is staticmethod or (instance is None and self._descriptor is None):
             return self
@@ -89,7 +95,9 @@ class Task(Definition[P, R]):
 
     # --- calls
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], parent: TaskRun | FlowRun | None) -> TaskRun:
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], parent: TaskRun | FlowRun | None
+    ) -> TaskRun:
         run = TaskRun(self, self._prefix + args if self._prefix else args, kwargs, parent)
         if kwargs and "wait_for" in kwargs:
             run.wait_for = kwargs.pop("wait_for") or ()
@@ -188,6 +196,7 @@ class Task(Definition[P, R]):
         """A new task with other options; those not named stay, `None` takes one back, zero is a value."""
         made = self._with(options)
         made._prefix = self._prefix
+        made._descriptor = self._descriptor
         return made
 
     async def cache_key(self, *args: P.args, **kwargs: P.kwargs) -> str | None:
@@ -207,6 +216,10 @@ class Task(Definition[P, R]):
         return await run.engine.records.invalidate(run.engine.place_for(run, policy), key.text)
 
 
+def _unwrapped(fn: Any) -> Any:
+    return _unwrapped(fn.func) if isinstance(fn, partial) else fn
+
+
 def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     return fn(*args, **kwargs)
 
@@ -218,7 +231,14 @@ async def _perform_submitted(future: TaskFuture[Any], owner: Any) -> None:
         if state.type is not COMPLETED:
             owner.failed.append(future)
     except asyncio.CancelledError:
-        pass  # the state says Cancelled; who awaits the future hears of it there
+        # The state says Cancelled; who awaits the future hears of it there. If nobody asked for it, the
+        # body let somebody else's cancellation out, and that must not pass unnoticed.
+        if not asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
+            owner.failed.append(future)
+    except (KeyboardInterrupt, SystemExit):
+        raise  # they end the loop
+    except BaseException:  # noqa: BLE001 - kept in the state, and raised by whoever awaits it or owns it
+        owner.failed.append(future)
     finally:
         owner.running.discard(future)
 
