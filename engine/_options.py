@@ -118,11 +118,20 @@ def hooks_of(options: Mapping[str, Any]) -> dict[str, list[Hook]]:
 
 
 def seconds_of(timeout: float | timedelta | None) -> float | None:
-    if isinstance(timeout, timedelta):
-        timeout = timeout.total_seconds()
-    if timeout is not None and timeout < 0:
-        raise ConfigurationError(f"timeout_seconds must not be negative, got {timeout:g}.", "Leave it out for none.")
-    return timeout
+    """The option `timeout_seconds` in seconds.
+
+    Raises:
+        ConfigurationError: It is negative, or no time at all.
+    """
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:  # nan too
+        raise ConfigurationError(
+            f"timeout_seconds must be a number of seconds from 0 on or a timedelta, got {timeout!r}.",
+            "Leave it out for none.",
+        )
+    return seconds
 
 
 def check_retries(kind: str, name: str, options: Mapping[str, Any]) -> None:

@@ -220,6 +220,10 @@ def _unwrapped(fn: Any) -> Any:
     return _unwrapped(fn.func) if isinstance(fn, partial) else fn
 
 
+def _unwrapped(fn: Any) -> Any:
+    return _unwrapped(fn.func) if isinstance(fn, partial) else fn
+
+
 def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     return fn(*args, **kwargs)
 
