@@ -51,8 +51,8 @@ class S3Storage(Storage):
         checksums: `when_supported` or `when_required`, as botocore means it. Without it the first for AWS,
             the second for other stores, some of which do not know the headers.
         addressing_style: `path`, `virtual` or `auto`. Without it `path` where there is an endpoint_url.
-        timeout: Seconds that one request may take with all its repetitions; large ones a second more for
-            every 256 KiB.
+        timeout: Seconds that one request may take, with all its repetitions, without getting anywhere: each
+            piece of a body that goes through begins them anew.
 
     Raises:
         StorageConfigurationError: One of the options cannot work.
@@ -166,16 +166,13 @@ class S3Storage(Storage):
             size = sum(map(len, buffers))
             if size <= part_size or not await self._may_be_parts(condition):
                 body = data if isinstance(data, bytes) else b"".join(buffers)
-                return await put(
-                    self._bucket, self._bucket.deadline("write", key, size), name, body, condition
-                )
+                return await put(self._bucket, self._bucket.deadline("write", key), name, body, condition)
             parts = cut(buffers, part_size_for(size, part_size))
         else:
             parts = gather(data, part_size)
             first = await anext(parts)
             if len(first) < part_size:
-                deadline = self._bucket.deadline("write", key, len(first))
-                return await put(self._bucket, deadline, name, first, condition)
+                return await put(self._bucket, self._bucket.deadline("write", key), name, first, condition)
             if not await self._may_be_parts(condition):
                 request = (
                     "CompleteMultipartUpload with a condition; a streamed object needs it, buffers do not"
@@ -183,7 +180,7 @@ class S3Storage(Storage):
                 raise ConditionsUnsupportedError(self._url, request)
             parts = _after(first, parts)
         await self._refuse_early(key, name, condition)
-        return await Upload(self._bucket, key, name, self._options.concurrency).run(parts, condition)
+        return await Upload(self._bucket, key, name, self._options.concurrency, condition).run(parts)
 
     async def _may_be_parts(self, condition: Absent | Same | None) -> bool:
         return condition is None or await self._conditions.multipart_honoured()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -16,9 +17,6 @@ from ._s3_errors import Answer, Bodyless, Missing, Translator, Unknown
 T = TypeVar("T")
 Consume = Callable[[Any, asyncio.Timeout], Awaitable[T]]
 
-_SLOWEST = 256 * 1024
-"""Bytes a second that a transfer may count on: a large part is given more time than a small object."""
-
 _log = logging.getLogger("onceflow.storage")
 
 _NO_SLOT = contextlib.nullcontext()
@@ -29,16 +27,16 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
 
 class Deadline:
-    """The time that one request may take with all its further attempts.
+    """The time that one request may take, with all its further attempts, without getting anywhere.
 
-    It begins with the first attempt, not while the request waits for a free connection. A single attempt is
-    given a third of it, so that one silent connection does not use up everything.
+    It begins with the first attempt, not while the request waits for a free connection, and again with every
+    piece of a body that goes through: on a slow line a large part takes long, and nothing is wrong. A single
+    attempt is given a third of it, so that one silent connection does not use up everything.
     """
 
-    def __init__(self, bucket: Bucket, operation: str, key: str, size: int = 0) -> None:
+    def __init__(self, bucket: Bucket, operation: str, key: str) -> None:
         self._bucket = bucket
         self.operation, self.key = operation, key
-        self._extra = size / _SLOWEST
         self._began: float | None = None
         self._attempts = 0
 
@@ -48,8 +46,13 @@ class Deadline:
         if self._began is None:
             self._began = now
         self._attempts += 1
-        whole = self._bucket.timeout + self._extra
-        return min(self._began + whole, now + self._bucket.timeout / 3 + self._extra)
+        return min(self._began + self._bucket.timeout, now + self._bucket.timeout / 3)
+
+    def progress(self, timer: asyncio.Timeout) -> None:
+        """Begin anew: a piece of a body went through."""
+        now = self._began = asyncio.get_running_loop().time()
+        if not timer.expired():
+            timer.reschedule(now + self._bucket.timeout / 3)
 
     async def pause(self, unknown: Unknown) -> None:
         """Wait before the next attempt: twice as long each time, less a random half.
@@ -60,7 +63,7 @@ class Deadline:
         assert self._began is not None
         spent = asyncio.get_running_loop().time() - self._began
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._attempts - 1)) * random.uniform(0.5, 1.0)
-        left = min(self._bucket.timeout + self._extra, unknown.patience) - spent
+        left = min(self._bucket.timeout, unknown.patience) - spent
         if pause >= left or self._attempts >= _MOST_ATTEMPTS:
             self.give_up(unknown)
         await asyncio.sleep(pause)
@@ -86,8 +89,8 @@ class Bucket:
         self._translator = Translator(name, storage)
         self._seen = False
 
-    def deadline(self, operation: str, key: str, size: int = 0) -> Deadline:
-        return Deadline(self, operation, key, size)
+    def deadline(self, operation: str, key: str) -> Deadline:
+        return Deadline(self, operation, key)
 
     async def once(
         self,
@@ -110,6 +113,8 @@ class Bucket:
         try:
             own = await self.clients.get()
             async with own.slots if slot else _NO_SLOT, asyncio.timeout_at(deadline.attempt()) as timer:
+                if "Body" in params:
+                    params["Body"] = _Watched(params["Body"], deadline, timer)
                 response = await getattr(own.client, method)(Bucket=self.name, **params)
                 result = response if consume is None else await consume(response, timer)
             self._seen = True
@@ -171,6 +176,18 @@ class Bucket:
             pass  # nothing was left
         except (Answer, StorageError, TimeoutError) as error:
             _log.warning("%s could not be cleaned up in %s: %s", params.get("Key"), self.storage, error)
+
+
+class _Watched(io.BytesIO):
+    """A body on its way up. What is read from it goes into the socket, as far as the other side takes it."""
+
+    def __init__(self, body: bytes, deadline: Deadline, timer: asyncio.Timeout) -> None:
+        super().__init__(body)  # shares the bytes
+        self._deadline, self._timer = deadline, timer
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._deadline.progress(self._timer)
+        return super().read(size)
 
 
 async def _close(response: Any, _: asyncio.Timeout) -> None:

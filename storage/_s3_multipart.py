@@ -14,7 +14,7 @@ from ._data import buffers_of
 from ._owned import to_the_end
 from ._s3_bucket import Bucket
 from ._s3_put import Absent, Same, decide
-from ._s3_version import MARK, Version, new_mark
+from ._s3_version import Version, metadata, new_marks
 from ._storage import Buffer
 
 _MOST_PARTS = 10_000
@@ -60,14 +60,17 @@ async def gather(stream: AsyncIterable[Buffer], part_size: int) -> AsyncIterator
 class Upload:
     """One multipart upload of one object."""
 
-    def __init__(self, bucket: Bucket, key: str, name: str, concurrency: int) -> None:
+    def __init__(
+        self, bucket: Bucket, key: str, name: str, concurrency: int, condition: Absent | Same | None
+    ) -> None:
         self._bucket, self._key = bucket, key
         self._target: dict[str, Any] = {"Key": name}
-        self._mark = new_mark()
+        self._condition = condition
+        self._marks = new_marks(condition.expected if condition else None)
         self._slots = asyncio.Semaphore(concurrency)
         self._parts: list[dict[str, Any]] = []
 
-    async def run(self, parts: AsyncIterator[bytes], condition: Absent | Same | None) -> Version:
+    async def run(self, parts: AsyncIterator[bytes]) -> Version:
         """Upload and complete; one request for each part and two more.
 
         Raises:
@@ -77,7 +80,7 @@ class Upload:
         try:
             await to_the_end(self._begin())
             await self._send_all(parts)
-            return await self._complete(condition)
+            return await self._complete()
         except BaseException:
             if "UploadId" in self._target:
                 await to_the_end(self._bucket.quietly("abort_multipart_upload", **self._target))
@@ -86,7 +89,7 @@ class Upload:
     async def _begin(self) -> None:
         deadline = self._bucket.deadline("write", self._key)
         begun = await self._bucket.retried(
-            "create_multipart_upload", deadline, Metadata={MARK: self._mark}, **self._target
+            "create_multipart_upload", deadline, Metadata=metadata(self._marks), **self._target
         )
         self._target["UploadId"] = begun["UploadId"]
 
@@ -107,7 +110,7 @@ class Upload:
 
     async def _send(self, number: int, part: bytes) -> None:
         try:
-            deadline = self._bucket.deadline("write", self._key, len(part))
+            deadline = self._bucket.deadline("write", self._key)
             sent = await self._bucket.retried(
                 "upload_part", deadline, PartNumber=number, Body=part, **self._target
             )
@@ -115,15 +118,14 @@ class Upload:
         finally:
             self._slots.release()
 
-    async def _complete(self, condition: Absent | Same | None) -> Version:
+    async def _complete(self) -> Version:
         self._parts.sort(key=lambda part: int(part["PartNumber"]))
-        # Putting thousands of parts together takes the store a while.
-        deadline = self._bucket.deadline("write", self._key, len(self._parts) * 64 * 1024)
+        deadline = self._bucket.deadline("write", self._key)
         params: dict[str, Any] = {"MultipartUpload": {"Parts": self._parts}, **self._target}
-        if condition is not None:
-            params |= condition.headers
+        if self._condition is not None:
+            params |= self._condition.headers
 
         async def send() -> Any:
             return await self._bucket.once("complete_multipart_upload", deadline, **params)
 
-        return await decide(self._bucket, deadline, self._target["Key"], self._mark, condition, send)
+        return await decide(self._bucket, deadline, self._target["Key"], self._marks, self._condition, send)

@@ -145,7 +145,7 @@ class Conditions:
         if found is None:
             raise _Flaw("an object just written was not there")
         version = Version.of(found)
-        if not version.mark:
+        if not version.marks:
             raise _Flaw("the metadata of an object was not kept")
         return version
 

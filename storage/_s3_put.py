@@ -8,7 +8,7 @@ from typing import Any
 from ._errors import ConditionsUnsupportedError
 from ._s3_bucket import Bucket, Deadline
 from ._s3_errors import Answer, Changed, Missing, Unknown, Unsupported
-from ._s3_version import MARK, Version, new_mark
+from ._s3_version import Version, metadata, new_marks, passed
 
 Send = Callable[[], Awaitable[Any]]
 
@@ -31,6 +31,8 @@ class Contradiction(Exception):
 
 class Absent:
     """The condition that nothing is there."""
+
+    expected = None
 
     def __init__(self) -> None:
         self.headers = {"IfNoneMatch": "*"}
@@ -59,26 +61,32 @@ async def put(
         Refused: The condition does not hold, and nothing was written by this call.
         Contradiction: See there.
     """
-    mark = new_mark()
+    marks = new_marks(condition.expected if condition else None)
+    params: dict[str, Any] = {"Key": name, "Body": body, "Metadata": metadata(marks)}
+    if condition is not None:
+        params |= condition.headers
 
     async def send() -> Any:
-        headers: dict[str, Any] = {} if condition is None else {**condition.headers}
-        return await bucket.once(
-            "put_object", deadline, Key=name, Body=body, Metadata={MARK: mark}, **headers
-        )
+        return await bucket.once("put_object", deadline, **params)
 
-    return await decide(bucket, deadline, name, mark, condition, send)
+    return await decide(bucket, deadline, name, marks, condition, send)
 
 
 async def decide(
-    bucket: Bucket, deadline: Deadline, name: str, mark: str, condition: Absent | Same | None, send: Send
+    bucket: Bucket,
+    deadline: Deadline,
+    name: str,
+    marks: tuple[str, ...],
+    condition: Absent | Same | None,
+    send: Send,
 ) -> Version:
-    """Send a write that carries `mark` until it is known whether it took place.
+    """Send a write that carries `marks` until it is known whether it took place.
 
     412, 404, 409, 5xx, silence and a broken connection all leave it open: the request may have been carried
     out, and a repetition of it, by us or by the HTTP client, refused because of that. The object is asked
-    whose it is. What stays undecidable is that our write took place, its answer was lost, and another writer
-    replaced it before we asked: that is reported as refused.
+    whose it is, and whom it followed. What stays undecidable is that our write took place, its answer was
+    lost, and before we asked the object was deleted, replaced without a condition, or replaced more often
+    than marks are kept: that is reported as refused, or written again.
 
     Raises:
         Refused, Contradiction: As `put` does.
@@ -99,10 +107,10 @@ async def decide(
         except (Changed, Missing) as refusal:
             answer = refusal
         else:
-            return Version(Version.of(response).etag, mark)
+            return Version(Version.of(response).etag, marks)
         current = await _current(bucket, deadline, name)
-        if current is not None and current.mark == mark:
-            return current
+        if current is not None and marks[0] in current.marks:
+            return current if marks[0] == current.marks[0] else passed(marks)
         if isinstance(answer, Unknown):
             if condition is not None and not condition.holds(current):
                 raise Refused(current) from answer

@@ -8,12 +8,14 @@ from collections import deque
 from typing import Any
 
 from ._errors import ObjectNotFoundError, StorageUnavailableError, VersionMismatchError
-from ._s3_bucket import Bucket
+from ._s3_bucket import Bucket, Deadline
 from ._s3_errors import Missing, OutOfRange, Unknown, Unmodified
 from ._s3_version import Version
 from ._storage import Buffer, Stored
 
 _RESTARTS = 5
+_SMALL = 256 * 1024
+"""Bytes up to which a body is awaited as a whole, immutable and without a buffer made for it."""
 
 
 class ChangedMeanwhile(Exception):
@@ -84,11 +86,17 @@ class Read:
             params["Range"] = f"bytes={self._start}-{last}"
         if self._unless is not None:
             params["IfNoneMatch"] = f'"{self._unless.etag}"'
-        deadline = self._bucket.deadline("read", self._key, self._part_size)
-        stored: Stored | None = await self._bucket.retried("get_object", deadline, self._take, **params)
+        deadline = self._bucket.deadline("read", self._key)
+
+        async def take(response: dict[str, Any], timer: asyncio.Timeout) -> Stored | None:
+            return await self._take(response, deadline, timer)
+
+        stored: Stored | None = await self._bucket.retried("get_object", deadline, take, **params)
         return stored
 
-    async def _take(self, response: dict[str, Any], timer: asyncio.Timeout) -> Stored | None:
+    async def _take(
+        self, response: dict[str, Any], deadline: Deadline, timer: asyncio.Timeout
+    ) -> Stored | None:
         body, version = response["Body"], Version.of(response)
         try:
             if self._if_version is not None and not version.matches(self._if_version):
@@ -97,21 +105,23 @@ class Read:
                 return None  # a store that does not know If-None-Match sends the object again
             length = int(response["ContentLength"])
             size = _whole_size(response, self._start)
-            data = await self._receive(body, length, version, timer)
+            data = await self._receive(body, length, version, deadline, timer)
         except BaseException:
             body.close()  # an unread body would keep its connection for ever
             raise
         return Stored(data, str(version), size)
 
-    async def _receive(self, body: Any, length: int, version: Version, timer: asyncio.Timeout) -> Buffer:
-        if length <= self._part_size and self._into is None:
+    async def _receive(
+        self, body: Any, length: int, version: Version, deadline: Deadline, timer: asyncio.Timeout
+    ) -> Buffer:
+        if length <= _SMALL and self._into is None:
             data: bytes = await body.read()
             if len(data) != length:
                 raise Unknown(f"{len(data)} bytes instead of {length}")
             return data
         buffer = _new_buffer(length) if self._into is None else self._into[:length]
         if length <= self._part_size:
-            await _fill(buffer, body)
+            await _fill(buffer, body, deadline, timer)
         else:
             timer.reschedule(None)  # from here on each part has a time of its own
             await _Parts(self._bucket, self, buffer, version).run(body)
@@ -120,19 +130,20 @@ class Read:
     async def part(self, start: int, target: memoryview, version: Version) -> None:
         """Fill `target` with the bytes from `start` of what is read. The caller holds a connection slot."""
 
-        async def take(response: dict[str, Any], _: asyncio.Timeout) -> None:
+        deadline = self._bucket.deadline("read", self._key)
+
+        async def take(response: dict[str, Any], timer: asyncio.Timeout) -> None:
             try:
                 if not Version.of(response).matches(version):
                     raise ChangedMeanwhile
                 if int(response["ContentLength"]) != len(target):
                     raise Unknown(f"a range of {response['ContentLength']} bytes instead of {len(target)}")
-                await _fill(target, response["Body"])
+                await _fill(target, response["Body"], deadline, timer)
             except BaseException:
                 response["Body"].close()
                 raise
 
         first = self._start + start
-        deadline = self._bucket.deadline("read", self._key, len(target))
         wanted = f"bytes={first}-{first + len(target) - 1}"
         try:
             await self._bucket.retried("get_object", deadline, take, slot=False, Key=self._name, Range=wanted)
@@ -194,9 +205,9 @@ class _Parts:
             start, end = self._todo.popleft()
             target = self._buffer[start:end]
             try:
-                deadline = self._bucket.deadline("read", "", len(target))
-                async with asyncio.timeout_at(deadline.attempt()):
-                    await _fill_exactly(target, body)
+                deadline = self._bucket.deadline("read", "")
+                async with asyncio.timeout_at(deadline.attempt()) as timer:
+                    await _fill_exactly(target, body, deadline, timer)
             except Exception:  # noqa: BLE001 - whatever broke the stream: the range is asked for, and tells
                 self._todo.appendleft((start, end))
                 break
@@ -228,17 +239,18 @@ def _new_buffer(length: int) -> memoryview:
     return memoryview(mmap.mmap(-1, length))
 
 
-async def _fill_exactly(target: memoryview, body: Any) -> None:
+async def _fill_exactly(target: memoryview, body: Any, deadline: Deadline, timer: asyncio.Timeout) -> None:
     position = 0
     while position < len(target):
         received = await body.readinto(target[position:])
         if not received:
             raise Unknown(f"the body ended after {position} of {len(target)} bytes")
         position += received
+        deadline.progress(timer)
 
 
-async def _fill(target: memoryview, body: Any) -> None:
-    await _fill_exactly(target, body)
+async def _fill(target: memoryview, body: Any, deadline: Deadline, timer: asyncio.Timeout) -> None:
+    await _fill_exactly(target, body, deadline, timer)
     if await body.read():
         raise Unknown(f"the body has more than {len(target)} bytes")
 
