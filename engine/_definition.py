@@ -71,13 +71,6 @@ class Definition(Generic[P, R]):
                 return checked
         raise TypeError(f"tags of {self.name!r} takes a list of texts, such as ['database'], not {tags!r}.")
 
-    def _checked_tags(self, tags: Any) -> frozenset[str]:
-        if isinstance(tags, Iterable) and not isinstance(tags, str):
-            checked = frozenset(tags)
-            if all(isinstance(tag, str) for tag in checked):
-                return checked
-        raise TypeError(f"tags of {self.name!r} takes a list of texts, such as ['database'], not {tags!r}.")
-
     # --- caching
 
     def _settle_caching(self) -> None:

@@ -104,11 +104,11 @@ class Flow(Definition[P, R]):
             ParameterError: Names every parameter that does not validate.
         """
         marked: list[Any] = []
-        find_marked(run._parameters, marked, set())
+        find_marked(run.parameters, marked, set())
         if marked:
-            run._parameters = replace_marked(run._parameters, await settle(marked), {})
+            run.parameters = replace_marked(run.parameters, await settle(marked), {})
         if self._validator is not None:
-            run._parameters = self._validator(run._parameters)
+            run.parameters = self._validator(run.parameters)
 
     async def body(self, run: FlowRun) -> R:
         """Run the function, then see to what it submitted."""
@@ -147,7 +147,7 @@ async def _resolve(value: Any) -> Any:
     find_marked(value, marked, set())
     futures = [part for part in marked if isinstance(part, (RunFuture, FutureList))]
     if not futures:
-        return value  # type: ignore[no-any-return]
+        return value
     for future in futures:
         await future
     return replace_marked(value, await settle(marked), {})

@@ -127,7 +127,6 @@ async def _resolve(run: TaskRun, marked: list[Any]) -> None:
     run.args = tuple([replace_marked(value, settled, memo) for value in run.args])
     run.kwargs = {name: replace_marked(value, settled, memo) for name, value in run.kwargs.items()}
     run._parameters = None  # whoever read them before, as of a future's run, saw futures
-    run._parameters = None  # whoever read them before, as of a future's run, saw futures
 
 
 def _not_ready(run: TaskRun | FlowRun, upstream: Run) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ._errors import SettingsError, closest
 
@@ -86,7 +86,7 @@ class Settings:
         """
         environment = _environment()
         if not environment and not os.path.isfile(".env") and not _table():
-            return cls()
+            return Settings()
         return _load(environment)
 
 
@@ -186,7 +186,7 @@ def _model() -> Any:
             env_prefix=PREFIX, env_file=".env", extra="ignore", case_sensitive=False
         )
 
-    hints = get_type_hints(cls, globals())  # the class itself says that it lives in the public face
+    hints = get_type_hints(Settings, globals())  # the class itself says that it lives in the public face
     for name in ("lock_timeout", "grace", "warn_blocking"):
         hints[name] = Annotated[hints[name], BeforeValidator(_seconds)]
     definitions: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(Settings)}

@@ -220,10 +220,6 @@ def _unwrapped(fn: Any) -> Any:
     return _unwrapped(fn.func) if isinstance(fn, partial) else fn
 
 
-def _unwrapped(fn: Any) -> Any:
-    return _unwrapped(fn.func) if isinstance(fn, partial) else fn
-
-
 def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     return fn(*args, **kwargs)
 
@@ -241,7 +237,7 @@ async def _perform_submitted(future: TaskFuture[Any], owner: Any) -> None:
             owner.failed.append(future)
     except (KeyboardInterrupt, SystemExit):
         raise  # they end the loop
-    except BaseException:  # noqa: BLE001 - kept in the state, and raised by whoever awaits it or owns it
+    except BaseException:  # kept in the state, and raised by whoever awaits it or owns it
         owner.failed.append(future)
     finally:
         owner.running.discard(future)
