@@ -19,7 +19,7 @@ from . import _logging
 from ._errors import CacheKeyError, EngineClosedError
 from ._flights import Room
 from ._records import Place, Records
-from ._settings import Settings
+from ._settings import Settings, stamp
 
 if TYPE_CHECKING:
     import anyio
@@ -74,6 +74,7 @@ class Engine:
         self._opening: asyncio.Future[None] | None = None
         self._is_open = False
         self._stamp: dict[Any, Any] | None = None
+        self._said: Any = None
         self._outer: Engine | None = None
         self._own: dict[str, Storage] = {}
         self._serializers: dict[str, Serializer] = {}
@@ -98,32 +99,41 @@ class Engine:
     async def _open(self) -> None:
         import anyio
 
-        storage, key_storage, serializer, settings, grace, threads = self._given
+        storage, key_storage, _, settings, grace, threads = self._given
         try:
-            self._stamp = _environment()
+            self._stamp, self._said = _environment(), _said()
             self.settings: Settings = settings if settings is not None else await asyncio.to_thread(Settings.load)
             self.grace = self.settings.grace if grace is None else grace
             self._limiter = anyio.CapacityLimiter(threads or self.settings.worker_threads)
-            self.serializer = self.serializer_for(serializer or self.settings.results_default_serializer)
             self.storage = self.storage_for(storage or self.settings.storage or "~/.onceflow/storage")
             spec = key_storage or self.settings.key_storage
             self.key_storage = self.storage_for(spec) if spec else None
             if self.lock_manager is None and self.settings.locks:
                 self.lock_manager = self._own_locks = lock_manager_from_url(self.settings.locks)
-            keys = self.settings.results_signing_key
-            self.records = Records(
-                self.in_thread,
-                clock=self.clock,
-                signing_keys=[key.strip().encode() for key in keys.split(",")] if keys else (),
-                allow_pickle=self.settings.results_allow_pickle,
-                storage_at=self._storage_at,
-            )
+            self.records = Records(self.in_thread, clock=self.clock, storage_at=self._storage_at)
+            self._obey(self.settings)
             if self.settings.logging_level:
                 _logging.show(self.settings.logging_level.upper())
         finally:
             self._opening = None
         self._is_open = True
         _open_engines.setdefault(asyncio.get_running_loop(), []).append(self)
+
+    def _obey(self, settings: Settings) -> None:
+        """Take over what may change while the engine is open."""
+        self.settings = settings
+        self.serializer = self.serializer_for(self._given[2] or settings.results_default_serializer)
+        keys = [key.strip().encode() for key in (settings.results_signing_key or "").split(",") if key.strip()]
+        self.records.trust(keys, settings.results_allow_pickle)
+
+    async def reload(self) -> None:
+        """Read the settings again. Runs that begin from now on obey them; storages, locks and threads stay.
+
+        Costs one thread hop.
+        """
+        stamp, said = _environment(), _said()
+        self._obey(await asyncio.to_thread(Settings.load))
+        self._stamp, self._said = stamp, said
 
     async def aclose(self) -> None:
         """Refuse new work, wait `grace` seconds for owned runs, cancel the rest, close what was opened. Idempotent."""
@@ -167,7 +177,12 @@ class Engine:
 
     def is_stale(self) -> bool:
         """Whether the environment has changed since the settings were read from it."""
-        return self._stamp is not None and self._given[3] is None and self._stamp != _environment_view()
+        if self._stamp is None or self._given[3] is not None or self._stamp == _environment_view():
+            return False
+        if self._said != _said():
+            return True
+        self._stamp = _environment()  # something else has changed, which is no business of ours
+        return False
 
     def check_open(self, what: str) -> None:
         if not self._is_open:
@@ -276,26 +291,39 @@ def _environment() -> dict[Any, Any]:
     return dict(_environment_view())
 
 
+def _said() -> Any:
+    """What of the environment an engine depends on."""
+    return stamp(), os.environ.get("HOME")
+
+
 def ambient_now() -> Engine | None:
     """The engine of a root run that starts here, where it is ready: the one entered in this context, else the
     only one open on this loop, else the one that was made from the settings."""
+    engine = _entered() or _ambient.get(asyncio.get_running_loop())
+    if engine is not None and engine._is_open and not engine.is_stale():
+        return engine
+    return None
+
+
+def _entered() -> Engine | None:
+    """The engine entered in this context, else the only one open on this loop."""
     engine = current_engine.get()
     if engine is not None and engine._is_open:
         return engine
     loop = asyncio.get_running_loop()
     ambient = _ambient.get(loop)
     entered = [engine for engine in _open_engines.get(loop, ()) if engine is not ambient]
-    if len(entered) == 1:
-        return entered[0]
-    if ambient is not None and ambient._is_open and not ambient.is_stale():
-        return ambient
-    return None
+    return entered[0] if len(entered) == 1 else None
 
 
 async def ambient() -> Engine:
     """The engine of a root run that starts here; made from the settings where there is none, and closed with the loop."""
     engine = ambient_now()
     if engine is not None:
+        return engine
+    engine = _entered()
+    if engine is not None:
+        await engine.reload()
         return engine
     loop = asyncio.get_running_loop()
     made = _ambient.get(loop)

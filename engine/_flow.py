@@ -56,13 +56,12 @@ class Flow(Definition[P, R]):
     async def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlowRun:
         parent = current_run.get()
         run = FlowRun(self, self.bind(args, kwargs), parent)
-        entered = current_engine.get()
-        if entered is not None and entered._is_open:
-            run.engine = entered
-        elif parent is not None:
-            run.engine = parent.engine
-        else:
+        if parent is None:
             run.engine = ambient_now() or await ambient()
+        elif (entered := current_engine.get()) is not None and entered._is_open:
+            run.engine = entered
+        else:
+            run.engine = parent.engine
         run.tags = self.tags | current_tags.get()
         run.name_template = self.flow_run_name
         return run

@@ -111,11 +111,10 @@ class Task(Definition[P, R]):
     async def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskRun:
         parent = current_run.get()
         run = self._run(args, kwargs, parent)
-        entered = current_engine.get()
-        if entered is not None and entered._is_open:
-            run.engine = entered
-        elif parent is None:
+        if parent is None:
             run.engine = ambient_now() or await ambient()
+        elif (entered := current_engine.get()) is not None and entered._is_open:
+            run.engine = entered
         return run
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
