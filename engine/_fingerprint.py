@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
+from types import FunctionType
+from typing import Any
 
 from . import _fingerprint_arrow as _fingerprint_arrow  # makes itself and its like known to the encoding
 from ._encoding import SCALARS, Encoder, RefusedError
 from ._errors import UncacheableInputError
 from ._fingerprint_objects import register as register
-from ._naming import type_name
-from ._source import code_key
-from ._weight import is_heavy as is_heavy
+from ._naming import is_user_class, is_user_function, type_name
+from ._source import code_key, is_warm
+from ._weight import weighs_much
 
 FORMAT = b"onceflow value 1\n"
 """Begins every digest. A change to any encoding has to change it: no old record is taken for a new one."""
@@ -46,6 +48,21 @@ def digest(value: object, *, path: str = "value") -> str:
         raise UncacheableInputError(path + "".join(reversed(error.trail)), error.type_name) from None
     except RecursionError:
         raise UncacheableInputError(path, f"{type_name(type(value))} nested too deeply") from None
+
+
+def is_heavy(value: object) -> bool:
+    """Whether `digest(value)` belongs off the event loop: a cheap guess, a few microseconds for small values.
+
+    True from about 64 KiB or 1 000 members on, and for functions and classes whose files have yet to be read.
+    """
+    return weighs_much(value, _reads_files)
+
+
+def _reads_files(code: Any) -> bool:
+    if isinstance(code, type):
+        return is_user_class(code)
+    function = getattr(code, "__func__", code)
+    return isinstance(function, FunctionType) and is_user_function(function) and not is_warm(code)
 
 
 def digest_inputs(parameters: Mapping[str, object]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 from ._encoding import SCALARS, Encoder, RefusedError
-from ._weight import is_heavy
+from ._weight import weighs_much
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,7 +102,7 @@ class Watch:
             return False
 
     def is_light(self) -> bool:
-        return not any(is_heavy(value) for value, _ in self.contents)
+        return not any(weighs_much(value) for value, _ in self.contents)
 
 
 def _includes(now: Any, then: Any) -> bool:

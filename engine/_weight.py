@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
+from types import FunctionType, MethodType
 from typing import Any
 
 HEAVY = 64 * 1024
@@ -13,10 +16,11 @@ _MEMBERS = 1000
 _LOOKS = 256
 
 
-def is_heavy(value: object) -> bool:
+def weighs_much(value: object, reads: Callable[[Any], bool] = lambda _: False) -> bool:
     """Whether hashing `value` is likely to cost more than a thread hop (64 KiB, or 1 000 members).
 
-    A guess: it looks at up to 256 members in all, and for sizes only, never into a stream.
+    A guess: it looks at up to 256 members in all, and for sizes only, never into a stream. `reads` tells of a
+    function or class whether its meaning would have to be read from files.
     """
     queue: deque[Any] = deque([value])
     size = members = 0
@@ -32,6 +36,11 @@ def is_heavy(value: object) -> bool:
             queue.extend(islice(item, _LOOKS))
             if kind is dict:
                 queue.extend(islice(item.values(), _LOOKS))
+        elif kind is FunctionType or kind is MethodType or isinstance(item, type):
+            if reads(item):
+                return True
+        elif kind is partial:
+            queue.extend((item.func, item.args, item.keywords))
         elif kind not in (int, float, bool, type(None)):
             size += _nbytes(item)
             queue.extend(getattr(item, "__dict__", {}).values() if _is_plain(kind) else ())

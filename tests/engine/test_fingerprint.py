@@ -12,6 +12,7 @@ import fractions
 import functools
 import io
 import itertools
+import json
 import math
 import pathlib
 import pickle
@@ -171,8 +172,12 @@ def add(x: int, y: int) -> int:
     return x + y
 
 
+def constant(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
 DISTINCT: list[Callable[[], Any]] = [
-    *(lambda value=value: value for value in (
+    *map(constant, (
         None, True, False, 1, 1.0, "1", b"1", (1,), [1], {1}, frozenset({1}), {1: 0}, {"1": 0}, {1.0: 0},
         {True: 0},
         0, 0.0, -0.0, -1, math.nan, math.inf, -math.inf, 10**400, -(10**400), 2**31, 2**63, 2**64,
@@ -187,6 +192,7 @@ DISTINCT: list[Callable[[], Any]] = [
         [2**40] * 20, [2**70] * 20, ["a"] * 20, ["a"] * 18 + ["aa", ""], ["a"] * 18 + ["", "aa"],
         [0.0] * 20, [-0.0] * 20,
         [math.nan] * 20, [None] * 20, [b"a"] * 20, [1] * 19 + [None],
+        [1] * 18 + [b"", 1], [1] * 18 + [bytearray(), 1],
         range(3), range(1, 3), slice(3), slice(1, 3), slice(None, None, 2),
         dt.date(2024, 1, 2), dt.datetime(2024, 1, 2), dt.time(1), dt.timedelta(1), dt.timedelta(0, 1), NOON,
         NOON.astimezone(BERLIN), NOON.replace(tzinfo=None), dt.datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN),
@@ -206,7 +212,7 @@ DISTINCT: list[Callable[[], Any]] = [
         Keyed(1), Keyed("1"), OtherKeyed(1), types.SimpleNamespace(a=1), types.SimpleNamespace(a=2),
         types.MappingProxyType({"a": 1}), collections.OrderedDict(a=1, b=2), collections.OrderedDict(b=2,
         a=1),
-        collections.defaultdict(int, a=1), collections.defaultdict(list, a=1), collections.Counter("ab"),
+        collections.defaultdict(int, a=1), collections.defaultdict(bool, a=1), collections.Counter("ab"),
         collections.deque([1, 2]), collections.deque([1, 2], 2), collections.ChainMap({"a": 1}),
         {1: 0}.keys(), {1: 0}.values(),
         {1: 0}.items(),
@@ -571,6 +577,29 @@ def test_is_heavy() -> None:
         Point(bytes(70_000)),
     ):
         assert is_heavy(heavy)
+
+
+def test_functions_are_heavy_until_read() -> None:
+    """A function as input belongs off the loop until its file has been read, which hashing it does."""
+
+    def fresh() -> None: ...
+
+    assert is_heavy([fresh])
+    assert is_heavy(functools.partial(fresh))
+    digest(fresh)
+    assert not is_heavy([fresh])
+    assert is_heavy(Own)
+    assert not is_heavy([len, int, json.dumps])
+
+
+async def test_warm_functions_do_not_block() -> None:
+    """Once read (in a thread), a function is hashed on the loop without touching a file."""
+
+    def fresh() -> None: ...
+
+    before = await asyncio.to_thread(digest, fresh)
+    assert not is_heavy(fresh)
+    assert digest(fresh) == before
 
 
 # --- generated values

@@ -17,7 +17,7 @@ import pytest
 from onceflow.engine._source import Meaning, is_warm, source_meaning
 from pythons import PYTHONS, Elsewhere, tree_digests
 
-Load = Callable[..., ModuleType]
+Load = Callable[..., Any]
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     """Writes a module's text to its file and imports it anew, as a later process would."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def load_(text: str, name: str = "weather") -> ModuleType:
+    def load_(text: str, name: str = "weather") -> Any:
         file = tmp_path / (name.replace(".", "/") + ".py")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(textwrap.dedent(text))
@@ -42,7 +42,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     return load_
 
 
-def meaning(module: ModuleType, name: str = "f") -> Meaning:
+def meaning(module: Any, name: str = "f") -> Meaning:
     return source_meaning(getattr(module, name))
 
 
