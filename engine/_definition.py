@@ -57,7 +57,7 @@ class Definition(Generic[P, R]):
         self.hooks: dict[str, list[Hook]] = hooks_of(self._stated)
         self._settle_caching()
         self._rule: Retry | None = None
-        if self.retries is not None:
+        if self.retries is not None and (self.retries == 0 or self.retry_delay_seconds is not None):
             self._rule = self._rule_from(self.retries, self.retry_delay_seconds)
 
     def _check_callable(self, option: str, value: Any) -> None:
@@ -136,6 +136,8 @@ class Definition(Generic[P, R]):
         if self._rule is not None:
             return self._rule
         retries, delays = self._default_retries(run)
+        if self.retries is not None:
+            retries = self.retries
         return self._rule_from(retries, delays) if retries else None
 
     def _default_retries(self, run: TaskRun | FlowRun) -> tuple[int, Any]:

