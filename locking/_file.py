@@ -19,10 +19,11 @@ except ImportError:  # Windows
 
 from ..storage._hops import Hops
 from ..storage._names import name_of
+from ._claim import Busy, Claim
 from ._errors import LockAccessError, LockClosedError, LockConfigurationError, LockUnavailableError
 from ._manager import logger
 from ._mounts import network_file_system
-from ._queued import Busy, Claim, QueuedLockManager
+from ._queued import QueuedLockManager
 
 _SHORTEST, _LONGEST = 0.005, 0.05
 """Seconds between two tries, doubling, with jitter. A try that fails costs 10 µs."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ._manager import LockManager
 
 _RELEASED = "it was released"
-_NOT_RENEWED = "no renewal reached the lock server in time"
-_HOLD_OVER = "its hold_timeout is over"
+NOT_RENEWED = "no renewal reached the lock server in time"
+HOLD_OVER = "its hold_timeout is over"
 
 
 class Lease:
@@ -33,7 +33,7 @@ class Lease:
 
     __slots__ = (
         "__weakref__", "_callbacks", "_claim", "_clock", "_deadline", "_hold_until", "_loop", "_manager", "_over",
-        "_timer", "_users", "holder", "key", "token",
+        "_taken", "_timer", "_users", "_wanted", "holder", "key", "token",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +58,8 @@ class Lease:
         self._claim: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
+        # Acquires that will return it, and whether one did: while none has, a cancellation may leave it to nobody.
+        self._wanted, self._taken = 0, False
         self._users = 0  # how many `async with manager.lock()` are inside
 
     @property
@@ -133,8 +135,8 @@ class Lease:
             return self._over
         time = self._clock()
         if time >= self._hold_until:
-            return _HOLD_OVER
-        return _NOT_RENEWED if time >= self._deadline else None
+            return HOLD_OVER
+        return NOT_RENEWED if time >= self._deadline else None
 
     def _end(self, reason: str = _RELEASED) -> bool:
         """Whether it was this call that ended the lease."""

@@ -11,7 +11,7 @@ import asyncio
 import importlib.util
 import random
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from ._owned import start
@@ -50,7 +50,9 @@ class Link:
         self._freed = freed
         self._channels: dict[str, tuple[str, asyncio.Event]] = {}
         self._unwanted: set[str] = set()
+        self._told: set[str] = set()
         self._messages: Any = None
+        self._updater: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None] | None = None
         self._keeper: AsyncGenerator[None, None] | None = None
         self.closed = False
@@ -123,56 +125,71 @@ class Link:
             known = self._channels[channel] = (key, asyncio.Event())
             if self._listener is None or self._listener.done():
                 self._listener = start(self._listen())
-            elif self._messages is not None:
-                await self._send(self._messages.subscribe(channel))
+            else:
+                self._update()
         await known[1].wait()
         return True
 
     def forget(self, channel: str) -> None:
         """Nobody waits for the channel's messages any more. From any thread."""
-        if channel in self._channels:
-            try:
-                self._loop.call_soon_threadsafe(self._linger, channel)
-            except RuntimeError:
-                pass  # the loop is closed, and the connection with it
+        try:
+            self._loop.call_soon_threadsafe(self._linger, channel)
+        except RuntimeError:
+            pass  # the loop is closed, and the connection with it
 
     def _linger(self, channel: str) -> None:
-        if channel not in self._unwanted:
+        if channel in self._channels and channel not in self._unwanted:
             self._unwanted.add(channel)
             self._loop.call_later(_LINGER, self._drop, channel)
 
     def _drop(self, channel: str) -> None:
-        if channel in self._unwanted and not self.closed:
+        if channel in self._unwanted:
             self._unwanted.discard(channel)
             self._channels.pop(channel, None)
-            if self._messages is not None:
-                start(self._send(self._messages.unsubscribe(channel)))
+            self._update()
 
-    async def _send(self, command: Awaitable[None]) -> None:
+    def _update(self) -> None:
+        """Tell the server which channels are wanted now. By one task, so that nothing overtakes anything."""
+        if self._messages is not None and (self._updater is None or self._updater.done()):
+            self._updater = start(self._subscribe(self._messages))
+
+    async def _subscribe(self, messages: Any) -> None:
         try:
-            await command
+            while self._told != self._channels.keys():
+                new, old = self._channels.keys() - self._told, self._told - self._channels.keys()
+                self._told = set(self._channels)
+                if new:
+                    await messages.subscribe(*new)
+                if old:
+                    await messages.unsubscribe(*old)
         except self._broken:
             pass  # the listener meets the same error, connects again, and subscribes to all there is
 
     async def _listen(self) -> None:
         pause = 0.05
         while self._channels:
+            failed = False
             messages = self._client.pubsub()
             try:
-                await messages.subscribe(*self._channels)
+                self._told = set(self._channels)
+                await messages.subscribe(*self._told)
                 self._messages = messages
+                self._update()
                 while self._channels:
                     await self._hear(messages)
                     pause = 0.05
             except self._broken:
-                pass  # the server is away; those who ask it for something say so
+                failed = True  # the server is away; those who ask it for something say so
             finally:
                 self._messages = None
+                if self._updater is not None:
+                    self._updater.cancel()
                 await messages.aclose()
             for _, confirmed in self._channels.values():
                 confirmed.clear()
-            await asyncio.sleep(random.uniform(pause / 2, pause))
-            pause = min(2 * pause, _SLOWEST)
+            if failed:
+                await asyncio.sleep(random.uniform(pause / 2, pause))
+                pause = min(2 * pause, _SLOWEST)
 
     async def _hear(self, messages: Any) -> None:
         message = await messages.get_message(timeout=None)

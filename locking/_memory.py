@@ -9,7 +9,8 @@ from typing import Any
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
-from ._queued import Busy, Claim, QueuedLockManager
+from ._claim import Busy, Claim
+from ._queued import QueuedLockManager
 from ._room import Room
 
 _ANONYMOUS = "anonymous-"

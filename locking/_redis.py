@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary
 
 from ..storage._names import name_of
 from . import _scripts as scripts
+from ._claim import Busy, Claim, checked_lease, patience
 from ._errors import LockAccessError, LockClosedError, LockConfigurationError, LockUnavailableError
 from ._link import Link
-from ._queued import Busy, Claim, QueuedLockManager, checked_lease, patience
+from ._queued import QueuedLockManager
 
 DEFAULT_LEASE = 30.0
 _SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss", "unix": "unix"}
@@ -66,6 +67,7 @@ class RedisLockManager(QueuedLockManager):
         super().__init__()
         self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Link] = WeakKeyDictionary()
         self._links_guard = threading.Lock()
+        self._watched: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -76,6 +78,9 @@ class RedisLockManager(QueuedLockManager):
         if self.lease_seconds != DEFAULT_LEASE:
             query["lease_seconds"] = f"{self.lease_seconds:g}"
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(query)))
+
+    async def _prepare(self) -> None:
+        await self._link()
 
     async def _take(self, claim: Claim) -> Busy | None:
         claim.nonce = claim.nonce or uuid.uuid4().hex
@@ -113,6 +118,7 @@ class RedisLockManager(QueuedLockManager):
 
     async def _watch(self, key: str) -> bool:
         link = await self._link()
+        self._watched.add(key)
         try:
             async with asyncio.timeout(patience(self.lease_seconds)):
                 return await link.listen(self._channel(key), key)
@@ -120,6 +126,9 @@ class RedisLockManager(QueuedLockManager):
             return True  # the link goes on trying to connect, and wakes the waiters when it has
 
     def _forget(self, key: str) -> None:
+        if key not in self._watched:
+            return
+        self._watched.discard(key)
         with self._links_guard:
             links = list(self._links.values())
         for link in links:

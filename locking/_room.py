@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 
 from ._lease import Lease
@@ -23,12 +24,12 @@ class Ticket:
         self.lease: Lease | None = None
         self.error: Exception | None = None
 
-    async def wait(self, until: float | None) -> None:
+    async def wait(self, until: float) -> None:
         """Until somebody nudges, or the loop's clock says `until`. A nudge that came before is not lost."""
         if self.nudged:
             return
         self.future = self.loop.create_future()
-        timer = None if until is None else self.loop.call_at(until, self.nudge)
+        timer = None if until == math.inf else self.loop.call_at(until, self.nudge)
         try:
             await self.future
         finally:

@@ -28,14 +28,18 @@ from ..storage import (
     StorageError,
     StorageUnavailableError,
 )
+from ._claim import Busy, Claim, checked_lease, patience
 from ._errors import LockAccessError, LockConfigurationError, LockUnavailableError
-from ._queued import Busy, Claim, QueuedLockManager, checked_lease, patience
+from ._queued import QueuedLockManager
 
 DEFAULT_LEASE = 30.0
 PREFIX = ".locks/"
 _FORMAT = 1
 _SHORTEST, _LONGEST = 0.05, 2.0
 """Seconds between two looks of a waiter: decorrelated jitter (M. Brooker, "Exponential Backoff And Jitter")."""
+
+_PROBE_SECONDS = 30.0
+"""For opening a client and probing the store, once."""
 
 _MARGIN, _GRACE = 1.1, 0.2
 """A lease counts as abandoned after so many times its length, and so many seconds more."""
@@ -82,16 +86,18 @@ class StorageLockManager(QueuedLockManager):
             return url
         return f"{url}{'&' if '?' in url else '?'}lease_seconds={self.lease_seconds:g}"
 
+    async def _prepare(self) -> None:
+        if not self._probed:
+            await self._within("acquire", "any", self.storage.ensure_conditional(), _PROBE_SECONDS)
+            self._probed = True
+
     async def _take(self, claim: Claim) -> Busy | None:
         claim.nonce = claim.nonce or uuid.uuid4().hex
         busy: Busy | None = await self._within("acquire", claim.key, self._taken(claim))
         return busy
 
     async def _taken(self, claim: Claim) -> Busy | None:
-        if not self._probed:
-            await self.storage.ensure_conditional()
-            self._probed = True
-        pause = _SHORTEST
+        pause, began = _SHORTEST, self._clock()
         while True:
             try:
                 found = await self._read(claim.key)
@@ -111,6 +117,8 @@ class StorageLockManager(QueuedLockManager):
             except ConditionFailedError:
                 continue  # somebody was faster, or it was this very claim: read what is there now
             except StorageUnavailableError:
+                if self._clock() + pause > began + patience(self.lease_seconds):
+                    raise
                 await asyncio.sleep(random.uniform(pause / 2, pause))
                 pause = min(2 * pause, 1.0)
 
@@ -194,9 +202,9 @@ class StorageLockManager(QueuedLockManager):
     def _lease_of_claim(self, claim: Claim) -> float:
         return max(0.001, min(self.lease_seconds, claim.hold_until - self._clock()))
 
-    async def _within(self, operation: str, key: str, work: Any) -> Any:
+    async def _within(self, operation: str, key: str, work: Any, seconds: float = 0) -> Any:
         """The work within its deadline, and the storage's errors in the words of this package."""
-        seconds = patience(self.lease_seconds)
+        seconds = seconds or patience(self.lease_seconds)
         try:
             async with asyncio.timeout(seconds):
                 return await work

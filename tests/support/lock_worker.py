@@ -40,7 +40,7 @@ async def contend(manager: LockManager, log: str, keys: str, tasks: str, seed: s
     await asyncio.gather(*(visit(number) for number in range(int(tasks))))
 
 
-class enter:  # noqa: N801 - reads as a verb where it is used
+class enter:
     """Fails if anybody else is inside, by a file that only one can make; logs the token."""
 
     def __init__(self, log: str, key: str, token: int) -> None:

@@ -1,0 +1,207 @@
+"""File locks in particular: what lies in the folder, and who may remove it."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from lock_places import turns, until
+from onceflow.locking import FileLockManager, LockConfigurationError, LockError, LockUnavailableError
+from onceflow.locking._file import _sweep
+from onceflow.locking._mounts import network_file_system
+
+
+async def test_missing_folder_and_leftovers(tmp_path: Path) -> None:
+    """L17: a missing folder is made, with its parents; no temporary file is ever there, and in the end no file."""
+    folder = tmp_path / "not" / "there" / "yet"
+    async with FileLockManager(folder) as manager:
+        for number in range(20):
+            async with manager.lock(f"key-{number}"):
+                names = await asyncio.to_thread(os.listdir, folder)
+                assert f"key-{number}.lock" in names
+                assert all(name.endswith(".lock") for name in names)
+    assert await asyncio.to_thread(os.listdir, folder) == []
+
+
+async def test_files_go_soon_after_the_key_is_free(tmp_path: Path) -> None:
+    """Files of free keys are removed while the manager lives on; those of held keys stay."""
+    async with FileLockManager(tmp_path) as manager:
+        await manager.acquire("held", "me")
+        async with manager.lock("free"):
+            pass
+
+        async def names() -> bool:
+            return await asyncio.to_thread(os.listdir, tmp_path) == ["held.lock"]
+
+        await until(names)
+        assert await manager.is_locked("held")
+
+
+async def test_the_file_names_the_holder(tmp_path: Path) -> None:
+    """Whoever looks into the file of a held key reads who holds it, in which process, since when."""
+    async with FileLockManager(tmp_path) as manager:
+        lease = await manager.acquire("some/key", "me")
+        assert lease is not None
+        text = await asyncio.to_thread((tmp_path / "some%2Fkey.lock").read_text)
+        info = json.loads(text.split("\n")[0])
+        assert (info["holder"], info["pid"], info["token"]) == ("me", os.getpid(), lease.token)
+        assert info["key"] == "some/key"
+
+
+async def test_keys_stay_in_the_folder(tmp_path: Path) -> None:
+    """B30: a key with dots and slashes makes no file outside of the folder."""
+    async with FileLockManager(tmp_path / "locks") as manager:
+        for key in ("../../outside", "/etc/onceflow", "..", "a/../../b"):
+            async with manager.lock(key):
+                pass
+    assert await asyncio.to_thread(os.listdir, tmp_path) == ["locks"]
+
+
+async def test_removal_under_contention(tmp_path: Path) -> None:
+    """Files of free keys that are removed all the time, while others try to lock them, never let two in."""
+    inside = False
+
+    async def visit(manager: FileLockManager) -> None:
+        nonlocal inside
+        for _ in range(40):
+            async with manager.lock("key"):
+                assert not inside
+                inside = True
+                await turns(1)
+                inside = False
+            await turns(1)
+
+    stop = threading.Event()
+
+    def remove() -> None:
+        while not stop.is_set():
+            _sweep({str(tmp_path / "key.lock")})
+
+    async with FileLockManager(tmp_path) as one, FileLockManager(tmp_path) as other:
+        removing = asyncio.create_task(asyncio.to_thread(remove))
+        try:
+            await asyncio.gather(visit(one), visit(other), visit(one))
+        finally:
+            stop.set()
+            await removing
+
+
+async def test_leftover_of_a_killed_process(tmp_path: Path) -> None:
+    """A file that a killed holder left behind is a free key, and tokens go on from it."""
+    token = 2**53 - 10
+    text = json.dumps({"token": token, "holder": "dead", "pid": 1})
+    await asyncio.to_thread((tmp_path / "key.lock").write_text, text + "\n")
+    async with FileLockManager(tmp_path) as manager:
+        assert not await manager.is_locked("key")
+        lease = await manager.acquire("key", "me", timeout=0)
+        assert lease is not None
+        assert lease.token == token + 1
+
+
+async def test_half_written_file(tmp_path: Path) -> None:
+    """19: a held file that says nothing, or half of it, is a held lock of somebody unknown."""
+    for text in (b"", b'{"token": 1, "hol', b"\xff\xfe", b"[1]\n", b'{"token": "x"}\n'):
+        path = tmp_path / "key.lock"
+        await asyncio.to_thread(path.write_bytes, text)
+        fd = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            async with FileLockManager(tmp_path) as manager:
+                assert await manager.is_locked("key")
+                assert not await manager.is_held_by("key", "me")
+                assert await manager.acquire("key", "me", timeout=0.05) is None
+                fcntl.flock(fd, fcntl.LOCK_UN)
+                lease = await manager.acquire("key", "me", timeout=1)
+                assert lease is not None
+        finally:
+            os.close(fd)
+
+
+async def test_a_look_does_not_fail_a_try(tmp_path: Path) -> None:
+    """A try-lock is not refused because somebody is just looking at the lock."""
+    path = tmp_path / "key.lock"
+    await asyncio.to_thread(path.write_text, '{"token": 1}\n')
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        asyncio.get_running_loop().call_later(0.005, fcntl.flock, fd, fcntl.LOCK_UN)
+        async with FileLockManager(tmp_path) as manager:
+            assert await manager.acquire("key", "me", timeout=0)
+    finally:
+        os.close(fd)
+
+
+async def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    """83: a path that is a file, or lies below one, is an error that names it."""
+    await asyncio.to_thread((tmp_path / "file").write_text, "")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        async with FileLockManager(path) as manager:
+            with pytest.raises(LockError, match="file"):
+                await manager.acquire("key", "me")
+
+
+async def test_no_descriptors_left(tmp_path: Path) -> None:
+    """84: without file descriptors an acquire is an error that says so, and works again when there are some."""
+    import resource
+
+    async with FileLockManager(tmp_path) as manager:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        spare = os.dup(0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
+        os.close(spare)
+        filler = []
+        try:
+            with pytest.raises(OSError, match="Too many"):
+                while True:
+                    filler.append(os.dup(0))
+            with pytest.raises(LockUnavailableError, match="'key'"):
+                await manager.acquire("key", "me")
+        finally:
+            for fd in filler:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert await manager.acquire("key", "me", timeout=0)
+
+
+async def test_descriptors_are_closed(tmp_path: Path) -> None:
+    """No descriptor stays open after releases, failed tries and looks."""
+    async with FileLockManager(tmp_path) as one, FileLockManager(tmp_path) as other:
+        async with one.lock("warm"):
+            pass
+        before = await asyncio.to_thread(_descriptors)
+        for _ in range(10):
+            await one.acquire("key", "me")
+            assert await other.acquire("key", "you", timeout=0.01) is None
+            assert await other.is_locked("key")
+            await one.release("key", "me")
+        assert await asyncio.to_thread(_descriptors) <= before
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def test_a_local_file_is_local(tmp_path: Path) -> None:
+    """A folder of this machine is not taken for one of the network."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert network_file_system(fd) is None
+    finally:
+        os.close(fd)
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is taken from the folder of the moment, `~` is the home; nothing is made yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert FileLockManager("locks").path == str(tmp_path / "locks")
+    assert FileLockManager("~/locks").path == str(tmp_path / "home" / "locks")
+    assert os.listdir(tmp_path) == []
+    for path in ("", "a\0b"):
+        with pytest.raises(LockConfigurationError):
+            FileLockManager(path)

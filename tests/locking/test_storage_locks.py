@@ -1,0 +1,227 @@
+"""Leases in a storage in particular: what they cost, and what a store can do to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import msgpack
+import pytest
+from onceflow.locking import (
+    LockAccessError,
+    LockConfigurationError,
+    LockUnavailableError,
+    StorageLockManager,
+    lock_manager_from_url,
+)
+from onceflow.storage import (
+    ConditionsUnsupportedError,
+    MemoryStorage,
+    StorageAccessError,
+    StorageUnavailableError,
+    Stored,
+)
+
+
+class Watched(MemoryStorage):
+    """Counts requests, and can lose the answer of a write, before or after it happened."""
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__(name)
+        self.counts: Counter[str] = Counter()
+        self.lose_before = self.lose_after = 0
+        self.broken: Exception | None = None
+
+    async def fetch(self, *args: Any, **options: Any) -> Stored | None:
+        self.counts["read"] += 1
+        if self.broken is not None:
+            raise self.broken
+        return await super().fetch(*args, **options)
+
+    async def write(self, *args: Any, **options: Any) -> str:
+        self.counts["write"] += 1
+        if self.lose_before:
+            self.lose_before -= 1
+            raise StorageUnavailableError("write", str(args[0]), self.url, "connection reset", "")
+        version = await super().write(*args, **options)
+        if self.lose_after:
+            self.lose_after -= 1
+            raise StorageUnavailableError("write", str(args[0]), self.url, "connection reset", "")
+        return version
+
+    async def delete(self, *args: Any, **options: Any) -> bool:
+        self.counts["delete"] += 1
+        return await super().delete(*args, **options)
+
+
+async def test_requests_without_contention() -> None:
+    """2.12: an acquire is 1 read and 1 write, a release 1 write; nothing is ever deleted."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager:
+        for _ in range(3):
+            storage.counts.clear()
+            assert await manager.acquire("key", "me")
+            assert storage.counts == {"read": 1, "write": 1}
+            await manager.release("key", "me")
+            assert storage.counts == {"read": 1, "write": 2}
+        storage.counts.clear()
+        assert not await manager.is_locked("key")
+        assert storage.counts == {"read": 1}
+
+
+async def test_requests_while_many_wait() -> None:
+    """22: however many wait in a process, one of them reads, ever more seldom, and nobody writes."""
+    storage = Watched()
+    async with StorageLockManager(storage) as here, StorageLockManager(storage) as there:
+        await here.acquire("key", "me")
+        storage.counts.clear()
+        tasks = [asyncio.create_task(there.acquire("key", f"{number}")) for number in range(200)]
+        tasks += [asyncio.create_task(there.wait_until_free("key")) for number in range(200)]  # type: ignore[arg-type]
+        await asyncio.sleep(1.0)
+        assert storage.counts["read"] <= 2 * 20  # 50 ms at the fastest, for one of each kind
+        assert storage.counts["write"] == 0
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert there._seen == {}
+
+
+async def test_local_hand_over_without_waiting() -> None:
+    """A release wakes the next in line of this process at once, for 1 read and 1 write."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager:
+        await manager.acquire("key", "me")
+        tasks = [asyncio.create_task(manager.acquire("key", f"{number}")) for number in range(20)]
+        await asyncio.sleep(0.01)
+        storage.counts.clear()
+        for number, task in enumerate(tasks):
+            await manager.release("key", "me" if number == 0 else f"{number - 1}")
+            async with asyncio.timeout(0.04):  # sooner than any poll
+                assert await task
+        assert storage.counts == {"read": 20, "write": 40}
+
+
+@pytest.mark.parametrize("after", [True, False])
+async def test_lost_answers(after: bool) -> None:
+    """35, 36: when the answer to a write is lost, before or after it happened, reading tells who won."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager, StorageLockManager(storage) as other:
+        for _ in range(3):
+            storage.lose_after, storage.lose_before = (1, 0) if after else (0, 1)
+            lease = await manager.acquire("key", "me")
+            assert lease is not None
+            assert await other.is_held_by("key", "me")
+            await asyncio.gather(manager._renew(lease._claim))
+            storage.lose_after, storage.lose_before = 0, 0
+            await lease.release()
+            assert not await other.is_locked("key")
+
+
+async def test_lost_answer_to_a_renewal() -> None:
+    """A renewal that happened, though its answer was lost, is found to be one's own at the next."""
+    storage = Watched()
+    async with StorageLockManager(storage, lease_seconds=0.6) as manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        storage.lose_after = 2
+        await asyncio.sleep(0.9)
+        lease.check()
+        await lease.release()
+        assert not await manager.is_locked("key")
+
+
+async def test_unavailable_for_good() -> None:
+    """41: a storage that never answers is an error that names key and storage; nothing is held afterwards."""
+    storage = Watched()
+    async with StorageLockManager(storage, lease_seconds=1) as manager:
+        storage.broken = StorageUnavailableError("read", "key", storage.url, "503", "Wait.")
+        with pytest.raises(LockUnavailableError, match="'key'") as caught:
+            await manager.acquire("key", "me")
+        assert isinstance(caught.value, ConnectionError)
+        storage.broken = StorageAccessError("read", "key", storage.url, "denied", "Allow it.")
+        with pytest.raises(LockAccessError, match="Allow it"):
+            await manager.acquire("key", "me")
+        storage.broken = None
+        assert await manager.acquire("key", "you", timeout=0)
+
+
+async def test_a_hanging_store_has_a_deadline() -> None:
+    """37: a store that hangs is given up after the deadline of a request."""
+
+    class Hanging(Watched):
+        async def write(self, *args: Any, **options: Any) -> str:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async with StorageLockManager(Hanging(), lease_seconds=0.4) as manager:
+        with pytest.raises(LockUnavailableError, match=r"no answer within 0\.2 s"):
+            await manager.acquire("key", "me")
+
+
+async def test_store_without_conditions() -> None:
+    """49: a store that ignores conditions is refused before the first lock is written."""
+
+    class Careless(Watched):
+        async def ensure_conditional(self) -> None:
+            raise ConditionsUnsupportedError(self.url, "PUT If-None-Match")
+
+    storage = Careless()
+    async with StorageLockManager(storage) as manager:
+        with pytest.raises(LockConfigurationError, match="If-None-Match"):
+            await manager.acquire("key", "me")
+        assert storage.counts["write"] == 0
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xc1", b"half a lo", msgpack.packb([2, "newer"]), msgpack.packb({"a": 1}), b"\x97" * 50]
+)
+async def test_unreadable_object(body: bytes) -> None:
+    """19: an object that cannot be read is a held lock, and free when it stays so for a lease."""
+    storage = Watched()
+    await storage.write(".locks/key", body)
+    async with StorageLockManager(storage, lease_seconds=0.2) as manager:
+        assert await manager.is_locked("key")
+        assert await manager.acquire("key", "me", timeout=0) is None
+        lease = await manager.acquire("key", "me", timeout=5)
+        assert lease is not None
+        await lease.release()
+
+
+async def test_deleted_objects() -> None:
+    """20: deleting the object of a free key does no harm; of a held one, the holder learns that it lost it."""
+    storage = Watched()
+    async with StorageLockManager(storage, lease_seconds=0.6) as manager:
+        async with manager.lock("key") as first:
+            pass
+        await storage.delete(".locks/key")
+        second = await manager.acquire("key", "me")
+        assert second is not None
+        assert second.token > first.token
+        await storage.delete(".locks/key")
+        await asyncio.wait_for(second.wait_lost(), 5)
+        third = await manager.acquire("key", "you", timeout=1)
+        assert third is not None
+        await second.release()
+        third.check()
+        await third.release()
+
+
+async def test_owner_of_the_storage(tmp_path: object) -> None:
+    """A manager made from a URL closes its storage; one that was given a storage leaves it open."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager, manager.lock("key"):
+        pass
+    await storage.stat("key")
+    made = lock_manager_from_url("storage+memory://owned")
+    assert isinstance(made, StorageLockManager)
+    async with made, made.lock("key"):
+        pass
+    with pytest.raises(RuntimeError, match="closed"):
+        await made.storage.stat("key")
+
+
+def test_not_a_storage() -> None:
+    """A path instead of a storage is refused with what to use instead."""
+    with pytest.raises(LockConfigurationError, match="lock_manager_from_url"):
+        StorageLockManager("/tmp")  # type: ignore[arg-type]
