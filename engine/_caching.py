@@ -74,37 +74,39 @@ def policy_of(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> Cache
 
 async def perform(run: TaskRun | FlowRun, definition: Definition[..., Any], attempts: Attempts) -> None:
     """Serve the run from its record, or run it and commit."""
+    call = await call_for(run, definition, attempts)
+    if call is None:
+        await attempts(run, definition)
+        return
+    txn = run.transaction
+    if txn is not None and not call.refresh and (staged := txn.staged(call.where)) is not None:
+        run.reason = "cached: staged in this transaction"
+        run.enter("hit", staged.value())
+        return
+    exclusive, manager = isolation_of(run, call.policy, txn)
+    if manager is not None and exclusive:
+        await _exclusively(call, manager)
+        return
+    miss = await _look_up(call)
+    if miss is not None:
+        await attempts(run, definition)
+        await commit(call, miss.version)
+
+
+async def call_for(
+    run: TaskRun | FlowRun, definition: Definition[..., Any], attempts: Attempts
+) -> Call | None:
+    """The cached call that this run is; None, with the reason noted, where it has no key."""
     engine = run.engine
     policy = policy_of(run, definition)
     key = await key_of(run, definition, policy)
     run.key = key.text
     if key.text is None:
         run.reason = f"ran: {key.why_not}"
-        await attempts(run, definition)
-        return
-    try:
-        place = engine.place_for(run, policy)
-    except CacheKeyError as error:
-        _warn(run, definition, str(error))
-        run.reason = "ran: there is no usable storage key"
-        await attempts(run, definition)
-        return
-    txn = run.transaction
-    call = Call(
-        run, definition, attempts, place, key, (place.records.url, key.text), _must_refresh(run, definition)
-    )
-    if txn is not None and not call.refresh and (staged := txn.staged(call.where)) is not None:
-        run.reason = "cached: staged in this transaction"
-        run.enter("hit", staged.value())
-        return
-    exclusive, manager = isolation_of(run, policy, txn)
-    if manager is not None and exclusive:
-        await _exclusively(call, manager, policy)
-        return
-    miss = await _look_up(call)
-    if miss is not None:
-        await attempts(run, definition)
-        await commit(call, miss.version)
+        return None
+    place = engine.place_for(run, policy)
+    where = (place.records.url, key.text)
+    return Call(run, definition, attempts, policy, place, key, where, _must_refresh(run, definition))
 
 
 class Call(NamedTuple):
@@ -113,10 +115,26 @@ class Call(NamedTuple):
     run: Any
     definition: Any
     attempts: Attempts
+    policy: CachePolicy | None
     place: Place
     key: Key
     where: Where
     refresh: bool
+
+
+async def look_up_value(call: Call) -> Any:
+    """The value of the committed record, without a change of state; None where there is none."""
+    run = call.run
+    if call.refresh:
+        run.reason = "ran: refresh was asked for"
+        return None
+    assert call.key.text is not None
+    found = await run.engine.records.lookup(call.place, call.key.text)
+    if isinstance(found, Miss):
+        run.reason = f"ran: {found.reason}"
+        return None
+    run.reason = f"cached: written by run {found.header.run_id}"
+    return found.value
 
 
 async def _look_up(call: Call) -> Miss | None:
@@ -143,15 +161,13 @@ def _serve(run: TaskRun | FlowRun, value: Any, writer: str, created: float) -> N
 # --- SERIALIZABLE
 
 
-async def _exclusively(call: Call, manager: LockManager, policy: CachePolicy | None) -> None:
+async def _exclusively(call: Call, manager: LockManager) -> None:
     """One execution at a time: lead and run, or wait for the leader's record."""
     run = call.run
     flights = run.engine.flights
-    timeout = (
-        policy.lock_timeout
-        if policy is not None and policy.lock_timeout is not None
-        else run.engine.settings.lock_timeout
-    )
+    timeout = call.policy.lock_timeout if call.policy is not None else None
+    if timeout is None:
+        timeout = run.engine.settings.lock_timeout
     while True:
         entered = await flights.enter(call.where, run, timeout)
         if isinstance(entered, Served):
@@ -350,7 +366,9 @@ async def _yield_to_winner(call: Call, error: Refused) -> None:
         run.states[-1].data = found.value
 
 
-async def _keep_failure(run: TaskRun | FlowRun, definition: Definition[..., Any], place: Place, key: Key) -> None:
+async def _keep_failure(
+    run: TaskRun | FlowRun, definition: Definition[..., Any], place: Place, key: Key
+) -> None:
     """Keep the exception of a failed run under a random key, never under its cache key."""
     state = run.states[-1]
     facts = Facts(run.id, definition.name, key.components)

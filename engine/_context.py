@@ -143,6 +143,11 @@ class Run(Life):
         return name
 
     @property
+    def kind(self) -> str:
+        """`Task run` or `Flow run`."""
+        return self._definition().kind
+
+    @property
     def run_count(self) -> int:
         """Prefect's name for `attempt`."""
         return self.attempt

@@ -14,6 +14,7 @@ from . import _policies
 from ._context import FlowRun, TaskRun
 from ._errors import ConfigurationError
 from ._kernel import Retry, retry_rule
+from ._limits import Gate
 from ._options import Hook, check_known, check_retries, hooks_of, seconds_of
 from ._policies import CacheKeyFnPolicy, CachePolicy, NonePolicy
 
@@ -87,7 +88,9 @@ class Definition(Generic[P, R]):
         self._check_callable("cache_key_fn", self.cache_key_fn)
         policy: CachePolicy | None = said("cache_policy")
         if policy is not None and not isinstance(policy, CachePolicy):
-            raise TypeError(f"cache_policy of {self.name!r} takes a CachePolicy such as INPUTS, not {policy!r}.")
+            raise TypeError(
+                f"cache_policy of {self.name!r} takes a CachePolicy such as INPUTS, not {policy!r}."
+            )
         persist: bool | None = said("persist_result")
         if persist is False:
             if policy is not None and not isinstance(policy, NonePolicy):
@@ -125,6 +128,12 @@ class Definition(Generic[P, R]):
 
     body: Callable[[Any], Awaitable[R]]
     """Runs the function once, for a run of this definition."""
+    is_limited = False
+    """Whether there is a limit of the definition's own on how many runs execute, or begin."""
+
+    def gate(self, run: TaskRun | FlowRun) -> Gate | None:
+        """The limits that a run has to pass before its body runs."""
+        return None
 
     # --- retries
 
@@ -204,7 +213,7 @@ class Definition(Generic[P, R]):
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=6)
+    warnings.warn(text, stacklevel=7)
 
 
 def _name_of(fn: Callable[..., Any]) -> str:
@@ -229,7 +238,11 @@ def _binder(signature: inspect.Signature) -> Callable[[tuple[Any, ...], Mapping[
 
     def quickly(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = len(args)
-        if given <= len(names) and kwargs.keys() <= known and not (kwargs and kwargs.keys() & set(names[:given])):
+        if (
+            given <= len(names)
+            and kwargs.keys() <= known
+            and not (kwargs and kwargs.keys() & set(names[:given]))
+        ):
             bound = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
             if len(bound) == len(names):
                 return {name: bound[name] for name in names}
@@ -242,5 +255,6 @@ def check_no_wait_for(kind: str, name: str, signature: inspect.Signature) -> Non
     """`wait_for` belongs to the engine."""
     if "wait_for" in signature.parameters:
         raise ConfigurationError(
-            f"{kind} {name!r} has a parameter wait_for, which the engine keeps for itself.", "Name it otherwise."
+            f"{kind} {name!r} has a parameter wait_for, which the engine keeps for itself.",
+            "Name it otherwise.",
         )

@@ -18,6 +18,7 @@ from ..storage._serializers import Serializer, serializer_by_name
 from . import _logging
 from ._errors import CacheKeyError, EngineClosedError
 from ._flights import Room
+from ._limits import Limits
 from ._records import Place, Records
 from ._settings import Settings, stamp
 
@@ -80,7 +81,11 @@ class Engine:
         self._serializers: dict[str, Serializer] = {}
         self._met: dict[str, Storage] = {}
         self.flights = Room()
+        self.limits = Limits(None)
         self._own_locks: LockManager | None = None
+
+    log_filter = _logging.RunFilter()
+    """A logging filter for handlers: stamps every record, other libraries' too, with flow, run and task."""
 
     # --- opening and closing
 
@@ -102,11 +107,14 @@ class Engine:
         _, _, _, settings, grace, threads = self._given
         try:
             self._stamp, self._said = _environment(), _said()
-            self.settings: Settings = settings if settings is not None else await asyncio.to_thread(Settings.load)
+            self.settings: Settings = (
+                settings if settings is not None else await asyncio.to_thread(Settings.load)
+            )
             self.grace = self.settings.grace if grace is None else grace
             self._limiter = anyio.CapacityLimiter(threads or self.settings.worker_threads)
             if self.lock_manager is None and self.settings.locks:
                 self.lock_manager = self._own_locks = lock_manager_from_url(self.settings.locks)
+            self.limits = Limits(self.settings.tag_limits)
             self.records = Records(self.in_thread, clock=self.clock, storage_at=self._storage_at)
             self._obey(self.settings)
             if self.settings.logging_level:
@@ -120,11 +128,15 @@ class Engine:
         """Take over what may change while the engine is open."""
         storage, key_storage, *_ = self._given
         self.settings = settings
-        self.storage = self.storage_for(storage or settings.storage or os.path.expanduser("~/.onceflow/storage"))
+        self.storage = self.storage_for(
+            storage or settings.storage or os.path.expanduser("~/.onceflow/storage")
+        )
         spec = key_storage or settings.key_storage
         self.key_storage = self.storage_for(spec) if spec else None
         self.serializer = self.serializer_for(self._given[2] or settings.results_default_serializer)
-        keys = [key.strip().encode() for key in (settings.results_signing_key or "").split(",") if key.strip()]
+        keys = [
+            key.strip().encode() for key in (settings.results_signing_key or "").split(",") if key.strip()
+        ]
         self.records.trust(keys, settings.results_allow_pickle)
 
     async def reload(self) -> None:
@@ -185,6 +197,11 @@ class Engine:
         self._stamp = _environment()  # something else has changed, which is no business of ours
         return False
 
+    @property
+    def engine(self) -> Self:
+        """Itself, as the owner of runs that are submitted where no run is."""
+        return self
+
     def check_open(self, what: str) -> None:
         if not self._is_open:
             raise EngineClosedError(what)
@@ -199,7 +216,9 @@ class Engine:
         if name not in self._own:
             storage = storage_from_url(spec)
             if isinstance(storage, LocalStorage) and "durability=" not in name:
-                storage = LocalStorage(storage.path, durability="power" if self.settings.durability == "power" else "process")
+                storage = LocalStorage(
+                    storage.path, durability="power" if self.settings.durability == "power" else "process"
+                )
             self._own[name] = storage
         return self._own[name]
 

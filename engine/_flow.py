@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
+from ._arguments import Marked
 from ._context import FlowRun, TaskRun, current_run, current_tags
 from ._definition import Definition, check_no_wait_for
 from ._engine import ambient, ambient_now, current_engine
-from ._futures import FutureList, RunFuture, find_marked, replace_marked, settle
+from ._futures import FutureList, RunFuture
 from ._options import FlowOptions
 from ._owning import cancel_all, finish
 from ._parameters import Validator
@@ -102,12 +103,14 @@ class Flow(Definition[P, R]):
         Raises:
             ParameterError: Names every parameter that does not validate.
         """
-        marked: list[Any] = []
-        find_marked(run.parameters, marked, set())
-        if marked:
-            run.parameters = replace_marked(run.parameters, await settle(marked), {})
-        if self._validator is not None:
-            run.parameters = self._validator(run.parameters)
+        marked = Marked()
+        if marked.look(run.parameters):
+            run.parameters = (await marked.settle())(run.parameters)
+        validator = self._validator
+        if validator is not None and not validator.accepts(run.parameters):
+            if not validator.is_ready:
+                await run.engine.in_thread(validator.make_ready)
+            run.parameters = validator.validate(run.parameters)
 
     async def body(self, run: FlowRun) -> R:
         """Run the function, then see to what it submitted."""
@@ -136,20 +139,20 @@ def _call_form(
     signature: inspect.Signature, parameters: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call from its bound parameters."""
-    bound = inspect.BoundArguments(signature, dict(parameters))  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(signature, dict(parameters))
     return bound.args, bound.kwargs
 
 
 async def _resolve(value: Any) -> Any:
     """A flow may return futures: their values are its result."""
-    marked: list[Any] = []
-    find_marked(value, marked, set())
-    futures = [part for part in marked if isinstance(part, (RunFuture, FutureList))]
+    marked = Marked()
+    marked.look(value)
+    futures = [part for part in marked.parts if isinstance(part, (RunFuture, FutureList))]
     if not futures:
         return value
     for future in futures:
         await future
-    return replace_marked(value, await settle(marked), {})
+    return (await marked.settle())(value)
 
 
 @overload

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ._context import current_run
+from ._context import TaskRun, current_run, get_run_context
 
 logger = logging.getLogger("onceflow")
 INFO = logging.INFO
@@ -27,10 +27,32 @@ def show(level: str | int | None = None) -> None:
     if not logger.hasHandlers():
         handler = _Handler()
         handler.setFormatter(_Formatter())
+        handler.addFilter(RunFilter())
         logger.addHandler(handler)
         logger.setLevel(level or INFO)
     elif level is not None and any(isinstance(handler, _Handler) for handler in logger.handlers):
         logger.setLevel(level)  # run() shows the lines before the engine has read the settings
+
+
+class RunFilter(logging.Filter):
+    """Stamps every record that passes with the run it was logged in, also records of other libraries.
+
+    Sets `flow`, `flow_run`, `flow_run_id`, `task`, `task_run`, `task_run_id` (names and ids; "-" where there is
+    none), for use in formats as `%(task_run)s`. Put it on a handler: filters of loggers see only what is logged
+    on that very logger. Drops nothing.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        run = current_run.get()
+        task_run = run if isinstance(run, TaskRun) else None
+        flow_run = run.flow_run if run is not None else None
+        record.flow = flow_run.flow.name if flow_run else "-"
+        record.flow_run = flow_run.name if flow_run else "-"
+        record.flow_run_id = flow_run.id if flow_run else "-"
+        record.task = task_run.task.name if task_run else "-"
+        record.task_run = task_run.name if task_run else "-"
+        record.task_run_id = task_run.id if task_run else "-"
+        return True
 
 
 def get_run_logger() -> logging.LoggerAdapter[logging.Logger]:
@@ -39,17 +61,10 @@ def get_run_logger() -> logging.LoggerAdapter[logging.Logger]:
     Raises:
         NoActiveRunError: There is no run here.
     """
-    from ._context import get_run_context
-
-    run = get_run_context()
-    kind = "Flow run" if run.task is None else "Task run"
-    return _RunLogger(logger, {"kind": kind, "run": run})
+    return _RunLogger(logger, {"run": get_run_context()})
 
 
 class _RunLogger(logging.LoggerAdapter[logging.Logger]):
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        assert self.extra is not None
-        return f"{self.extra['kind']} {self.extra['run'].name!r} - {msg}", kwargs  # type: ignore[attr-defined]
-
-
-__all__ = ["INFO", "current_run", "get_run_logger", "logger", "show"]
+        run: Any = (self.extra or {})["run"]
+        return f"{run.kind} {run.name!r} - {msg}", kwargs

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from ._context import FlowRun, TaskRun, current_run, current_transaction
-from ._engine import current_engine
+from ._engine import Engine, current_engine
 from ._futures import RunFuture
 
 
@@ -16,6 +16,9 @@ class Owner(Protocol):
 
     running: set[RunFuture[Any]]
     failed: list[RunFuture[Any]]
+
+    @property
+    def engine(self) -> Engine: ...
 
 
 def owner_here() -> tuple[Owner, TaskRun | FlowRun | None] | None:

@@ -13,17 +13,19 @@ from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
 from . import _caching
+from ._arguments import LEAVES, Marked, NotReady
 from ._commit import uncancelled
 from ._context import FlowRun, Run, TaskRun, current_run, current_transaction
 from ._errors import RunTimeoutError, UpstreamFailedError
-from ._futures import LEAVES, NotReady, find_marked, replace_marked, settle
 from ._kernel import Do
 from ._logging import INFO, logger
+from ._prints import logged
 from ._states import CANCELLED, COMPLETED, CRASHED, FAILED, State
 from ._transaction import transaction
 
 if TYPE_CHECKING:
     from ._definition import Definition
+    from ._limits import Gate
 
 
 async def perform(run: TaskRun | FlowRun) -> State[Any]:
@@ -33,8 +35,8 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     try:
         if run.task is None:
             await run.flow.prepare(run)
-        elif marked := _marked(run):
-            await _resolve(run, marked)
+        elif marked := marked_in(run):
+            await resolve(run, marked)
         if run.name_template is not None:
             run.settle_name()
         outer = current_transaction.get()
@@ -47,7 +49,7 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     except CancelledError:
         if not run.is_over:  # cancelled during its commit, a completed run stays completed
             run.enter("cancel", message="cancelled while it ran")
-        await uncancelled(_end(run, definition))
+        await uncancelled(end(run, definition))
         raise
     except NotReady as error:
         _not_ready(run, error.upstream)
@@ -59,12 +61,12 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     except BaseException as error:
         if not run.is_over:
             run.enter("crash", error, f"{type(error).__name__}: {error}")
-        await _end(run, definition)
+        await end(run, definition)
         raise
     finally:
         current_run.reset(token)
     if definition.hooks or logger.isEnabledFor(INFO):
-        await _end(run, definition)
+        await end(run, definition)
     return run.states[-1]
 
 
@@ -107,25 +109,27 @@ async def _within(
         await uncancelled(txn.roll_back() if txn.is_broken or txn.is_rolled_back() else txn.commit())
 
 
-def _marked(run: TaskRun) -> list[Any]:
-    """The futures and annotations among the arguments, at any depth."""
-    marked: list[Any] = []
+def marked_in(run: TaskRun) -> Marked | None:
+    """The futures and annotations among the arguments, at any depth; None where there are none."""
+    marked: Marked | None = None
     for value in run.args:
         if type(value) not in LEAVES:
-            find_marked(value, marked, set())
+            marked = marked or Marked()
+            marked.look(value)
     if run.kwargs:
-        find_marked(run.kwargs, marked, set())
+        marked = marked or Marked()
+        marked.look(run.kwargs)
     if run.wait_for:
-        find_marked(list(run.wait_for), marked, set())
-    return marked
+        marked = marked or Marked()
+        marked.look(list(run.wait_for))
+    return marked if marked is not None and marked.parts else None
 
 
-async def _resolve(run: TaskRun, marked: list[Any]) -> None:
+async def resolve(run: TaskRun, marked: Marked) -> None:
     """Await the futures among the arguments, and put their values in their places."""
-    settled = await settle(marked)
-    memo: dict[int, Any] = {}
-    run.args = tuple([replace_marked(value, settled, memo) for value in run.args])
-    run.kwargs = {name: replace_marked(value, settled, memo) for name, value in run.kwargs.items()}
+    new = await marked.settle()
+    run.args = tuple([new(value) for value in run.args])
+    run.kwargs = {name: new(value) for name, value in run.kwargs.items()}
     run._parameters = None  # whoever read them before, as of a future's run, saw futures
 
 
@@ -140,43 +144,70 @@ async def attempts(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> 
     """Run the body as often as the kernel says. Ends in a final state, or raises a cancellation or a crash."""
     if (rule := definition.rule_for(run)) is not None:
         run.rule = rule
+    gate = definition.gate(run) if definition.is_limited or run.engine.limits.has_tags else None
+    if gate is not None:
+        await _limited_attempts(run, definition, gate)
+        return
     run.start()
-    do = Do.RUN
+    do = await _attempt(run, definition)
     while do is not Do.FINISH:
-        if do is Do.RUN:
-            if definition.hooks and "on_running" in definition.hooks:
-                await call_hooks(run, definition, "on_running")
-            if definition.timeout_seconds is not None:
-                do = await _attempt_within(run, definition, definition.timeout_seconds)
-                continue
-            try:
-                value = await definition.body(run)
-            except Exception as error:
-                do = run.raised(error)
-            else:
-                do = run.returned(value)
-        elif do is Do.ASK:
-            do = run.decide(await _condition(run, definition))
-        else:
-            logger.info(
-                "%s %r - %s; trying again in %.3g s (attempt %d of %d)",
-                definition.kind, run.name, run.state.message, run.delay, run.attempt + 1, run.rule.times + 1,
-            )  # fmt: skip
-            await asyncio.sleep(run.delay)
-            run.again()
-            do = Do.RUN
+        await _prepare_next(run, definition, do)
+        do = await _attempt(run, definition) if not run.is_over else Do.FINISH
+
+
+async def _limited_attempts(run: TaskRun | FlowRun, definition: Definition[..., Any], gate: Gate) -> None:
+    """As `attempts`, with a slot for each attempt: waiting for the next one holds none."""
+    async with gate:
+        run.start()
+        do = await _attempt(run, definition)
+    while do is not Do.FINISH:
+        await _prepare_next(run, definition, do)
+        if run.is_over:
+            return
+        async with gate:
+            do = await _attempt(run, definition)
+
+
+async def _prepare_next(run: TaskRun | FlowRun, definition: Definition[..., Any], do: Do) -> None:
+    """What the kernel wants done before the next attempt, if there is one."""
+    if do is Do.ASK:
+        do = run.decide(await _condition(run, definition))
+    if do is Do.SLEEP:
+        logger.info(
+            "%s %r - %s; trying again in %.3g s (attempt %d of %d)",
+            definition.kind, run.name, run.state.message, run.delay, run.attempt + 1, run.rule.times + 1,
+        )  # fmt: skip
+        await asyncio.sleep(run.delay)
+        run.again()
+
+
+async def _attempt(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> Do:
+    """Run the body once and tell the kernel how it ended."""
+    if definition.hooks and "on_running" in definition.hooks:
+        await call_hooks(run, definition, "on_running")
+    prints = definition.log_prints
+    if prints is not None or (run.parent is None and run.engine.settings.log_prints):
+        with logged(prints is not False):
+            return await _attempt_within(run, definition, definition.timeout_seconds)
+    if definition.timeout_seconds is not None:
+        return await _attempt_within(run, definition, definition.timeout_seconds)
+    try:
+        value = await definition.body(run)
+    except Exception as error:
+        return run.raised(error)
+    return run.returned(value)
 
 
 async def _attempt_within(
-    run: TaskRun | FlowRun, definition: Definition[..., Any], seconds: float
+    run: TaskRun | FlowRun, definition: Definition[..., Any], seconds: float | None
 ) -> Do:
-    """Run the body once, for `seconds` at most, and tell the kernel how it ended."""
+    """Run the body once, for `seconds` at most if there is a limit, and tell the kernel how it ended."""
     limit = asyncio.timeout(seconds)
     try:
         async with limit:
             value = await definition.body(run)
     except Exception as error:
-        if limit.expired() and isinstance(error, TimeoutError):
+        if seconds is not None and limit.expired() and isinstance(error, TimeoutError):
             timeout = RunTimeoutError(f"{definition.kind} {run.name!r}", seconds)
             timeout.__cause__ = error
             return run.timed_out(timeout)
@@ -195,7 +226,7 @@ async def _condition(run: TaskRun | FlowRun, definition: Definition[..., Any]) -
         return False
 
 
-async def _end(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
+async def end(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
     """Log the final state and call its hooks."""
     state = run.states[-1]
     if logger.isEnabledFor(INFO):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable
 from copy import copy
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast, overload
@@ -14,20 +14,25 @@ from ._caching import key_of, policy_of, wanted
 from ._context import FlowRun, TaskRun, current_run, current_tags
 from ._definition import Definition, check_no_wait_for
 from ._engine import ambient, ambient_now, current_engine
-from ._errors import NoActiveRunError
+from ._errors import ConfigurationError, NoActiveRunError
 from ._futures import FutureList, TaskFuture
+from ._generators import RunStream
+from ._limits import Gate, check_size, parse_rate
 from ._mapping import spread
 from ._options import TaskOptions
-from ._owning import owner_here
+from ._owning import Owner, owner_here
 from ._policies import CachePolicy
+from ._processes import run_in_process
 from ._run import perform
 from ._states import COMPLETED, State
+from ._streaming import stream
 from ._sync import run_blocking
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Q = ParamSpec("Q")
 S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Task(Definition[P, R]):
@@ -51,12 +56,29 @@ class Task(Definition[P, R]):
         check_no_wait_for("Task", self.name, self.signature)
         self.task_run_name = self._stated.get("task_run_name")
         self.concurrency: int | None = self._stated.get("concurrency")
+        if self.concurrency is not None:
+            check_size(f"The concurrency of {self.name!r}", self.concurrency)
         self.rate: str | None = self._stated.get("rate")
+        self._interval = parse_rate(self.name, self.rate)
+        self.is_limited = self.concurrency is not None or self._interval is not None
         self.runner: str | None = self._stated.get("runner")
         self.is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
             getattr(_unwrapped(fn), "__call__", None)  # noqa: B004 - an object with an async __call__
         )
+        self._choose_body()
+
+    def _choose_body(self) -> None:
+        if self.runner not in (None, "process"):
+            raise ConfigurationError(
+                f"Task {self.name!r} has runner={self.runner!r}.",
+                "It may be 'process', or left out to run here.",
+            )
         self.body: Callable[[TaskRun], Awaitable[R]] = self._async_body if self.is_async else self._sync_body
+        if self.runner == "process":
+            self.body = self._process_body
+
+    def _process_body(self, run: TaskRun) -> Awaitable[R]:
+        return run_in_process(self.name, self.fn, run.args, run.kwargs)
 
     def _default_policy(self) -> CachePolicy:
         return _policies.DEFAULT
@@ -79,6 +101,9 @@ class Task(Definition[P, R]):
             value = await value
         return cast(R, value)
 
+    def gate(self, run: TaskRun | FlowRun) -> Gate | None:
+        return run.engine.limits.gate(self.fn, self.concurrency, self._interval, run.tags)
+
     # --- methods: `self` is an input like any other
 
     @overload
@@ -90,7 +115,7 @@ class Task(Definition[P, R]):
             return self
         bound = copy(self)
         bound._prefix = (owner if self._descriptor is classmethod else instance,)
-        bound.body = bound._async_body if bound.is_async else bound._sync_body
+        bound._choose_body()
         return bound
 
     # --- calls
@@ -149,18 +174,33 @@ class Task(Definition[P, R]):
         """
         return self._submit(args, kwargs, "submit")
 
-    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], verb: str) -> TaskFuture[R]:
+    def owner(self, verb: str) -> tuple[Owner, TaskRun | FlowRun | None]:
+        """Who will await a run that is submitted here, and the run that it is called from.
+
+        Raises:
+            NoActiveRunError: Nobody would.
+        """
         here = owner_here()
         if here is None:
             raise NoActiveRunError(
                 f"{self.name}.{verb}() was called outside of a flow, so nothing would own the run.",
                 f"Call it inside a @flow or `async with Engine():`, or write `await {self.name}(…)`.",
             )
-        owner, parent = here
+        owner, _ = here
+        if isinstance(owner, FlowRun) and owner.is_over:
+            raise NoActiveRunError(
+                f"{self.name}.{verb}() was called after flow run {owner.name!r} had ended, so nothing would own the run.",
+                "Await in the flow what goes on submitting, or do it in a flow of its own.",
+            )
+        return here
+
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], verb: str) -> TaskFuture[R]:
+        owner, parent = self.owner(verb)
         run = self._run(args, kwargs, parent)
         if parent is None:
-            run.engine = owner  # type: ignore[assignment]  # without a run, the owner is the engine
+            run.engine = owner.engine
         future: TaskFuture[R] = TaskFuture(run)
+        future.owner = owner
         future._work = asyncio.get_running_loop().create_task(_perform_submitted(future, owner))
         owner.running.add(future)
         return future
@@ -179,6 +219,17 @@ class Task(Definition[P, R]):
             ValueError: No iterable, or different lengths.
         """
         return spread(self, args, kwargs)
+
+    def stream(
+        self, items: Iterable[Any] | AsyncIterable[Any], limit: int = 100, ordered: bool = True
+    ) -> AsyncIterator[R]:
+        """One run per item of an iterable of any length, sync or async, endless or not; values as they come.
+
+        At most `limit` runs are under way or wait to be taken, so memory stays bounded, and the source is
+        asked only for what fits. A failure is raised in its place, and ends the stream: what is under way is
+        cancelled and awaited, as it is when the consumer stops (close the iterator to have it at once).
+        """
+        return stream(self, items, limit, ordered)
 
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run from synchronous code and block until the end: starts a loop in a script, and uses the
@@ -215,6 +266,54 @@ class Task(Definition[P, R]):
         return await run.engine.records.invalidate(run.engine.place_for(run, policy), key.text)
 
 
+class GeneratorTask(Task[P, T]):
+    """A task whose body yields: `async for value in t(x)`, or `await t(x)` for all values in a list.
+
+    A stream that was read to its end is cached, and replayed value by value in bounded memory; one that was
+    broken off is not. Retries do not apply, since values have gone out; a timeout applies to each value.
+    """
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> RunStream[T]:  # type: ignore[override]
+        """The stream. Nothing runs before its first value is asked for."""
+        return RunStream(self, args, kwargs)
+
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], verb: str) -> TaskFuture[T]:
+        raise ConfigurationError(
+            f"{self.name}.{verb}(): a generator task streams its values to whoever iterates over it.",
+            f"Write `async for value in {self.name}(…)`, or `await {self.name}(…)` for all of them.",
+        )
+
+    async def run_to_state(self, *args: Any, **kwargs: Any) -> State[Any]:
+        """Read the stream to its end; the final state, whose result is the list of values."""
+        stream = RunStream[T](self, args, kwargs)
+        values: list[T] = []
+        try:
+            async for value in stream:
+                values.append(value)
+        except Exception:
+            if stream.run is None or not stream.run.is_over:
+                raise
+        assert stream.run is not None
+        state = stream.run.state
+        if state.is_completed():
+            state.data = values
+        return state
+
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> list[T]:  # type: ignore[override]
+        """All values in a list, from synchronous code; see `Task.run`."""
+
+        async def collect() -> list[T]:
+            return await RunStream[T](self, args, dict(kwargs))
+
+        return run_blocking(self.name, collect, (), {})
+
+
+def _make(fn: Callable[..., Any], options: Any) -> Task[..., Any]:
+    inner = _unwrapped(fn.__func__ if isinstance(fn, (classmethod, staticmethod)) else fn)
+    is_generator = inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner)
+    return (GeneratorTask if is_generator else Task)(fn, options)
+
+
 def _unwrapped(fn: Any) -> Any:
     return _unwrapped(fn.func) if isinstance(fn, partial) else fn
 
@@ -243,6 +342,10 @@ async def _perform_submitted(future: TaskFuture[Any], owner: Any) -> None:
 
 
 @overload
+def task(fn: Callable[P, AsyncIterator[T]], /) -> GeneratorTask[P, T]: ...
+@overload
+def task(fn: Callable[P, Generator[T, Any, Any]], /) -> GeneratorTask[P, T]: ...
+@overload
 def task(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
 @overload
 def task(fn: Callable[P, R], /) -> Task[P, R]: ...
@@ -252,7 +355,7 @@ def task(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function a task: `@task`, or `@task(retries=3, …)` with the options of `TaskOptions`."""
     if fn is None:
         return _Decorator(options)
-    return Task(fn, options)
+    return _make(fn, options)
 
 
 class _Decorator:
@@ -262,8 +365,12 @@ class _Decorator:
         self._options = options
 
     @overload
+    def __call__(self, fn: Callable[P, AsyncIterator[T]], /) -> GeneratorTask[P, T]: ...
+    @overload
+    def __call__(self, fn: Callable[P, Generator[T, Any, Any]], /) -> GeneratorTask[P, T]: ...
+    @overload
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> Task[P, R]: ...
     def __call__(self, fn: Callable[..., Any], /) -> Any:
-        return Task(fn, self._options)
+        return _make(fn, self._options)

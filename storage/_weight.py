@@ -17,6 +17,11 @@ def is_heavy(value: Any) -> bool:
     return _weight(value, 3) > _HEAVY
 
 
+def weigh(value: Any) -> int:
+    """Roughly how many bytes the value takes when encoded; the guess of `is_heavy`."""
+    return _weight(value, 3)
+
+
 def _weight(value: Any, depth: int) -> int:
     kind = type(value)
     if kind in (int, float, bool, type(None)):
