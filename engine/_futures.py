@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from functools import partial
-from types import CodeType, FunctionType, ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ._context import current_run
@@ -53,9 +52,11 @@ class RunFuture(Generic[R]):
     tasks of its loop, any number of times.
     """
 
-    __slots__ = ("__weakref__", "_observed", "_work", "run")
+    __slots__ = ("__weakref__", "_observed", "_work", "owner", "run")
 
     _work: asyncio.Task[None]
+    owner: Any
+    """Who awaits the run and reports its failure: see `_owning`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -86,15 +87,20 @@ class RunFuture(Generic[R]):
 
     def cancel(self) -> bool:
         """Ask the run to end as Cancelled; whether it was still running. What it awaits is cancelled as well."""
+        if self.run.states[-1].name == "Pending":  # may never take its first step, and so not sign off
+            self._work.add_done_callback(self._sign_off)
         return self._work.cancel()
+
+    def _sign_off(self, _: object) -> None:
+        self._settle()
+        self.owner.running.discard(self)
 
     async def wait(self, timeout: float | None = None) -> State[R] | None:
         """Wait for the end of the run, `timeout` seconds at most, and return its final state, else None.
 
         Never raises for a failed run, and never ends it.
         """
-        if timeout is not None and timeout < 0:
-            raise ValueError(f"timeout must not be negative, got {timeout}.")
+        _check_timeout(timeout)
         if not self._work.done():
             self._refuse_deadlock()
             await asyncio.wait([self._work], timeout=timeout)
@@ -112,10 +118,10 @@ class RunFuture(Generic[R]):
         return state.result(raise_on_failure)
 
     def __await__(self) -> Generator[Any, None, R]:
-        self._observed = True
         if not self._work.done():
             self._refuse_deadlock()
             yield from _until_done(self._work).__await__()
+        self._observed = True  # not before: whoever gives up waiting has not seen the failure
         self._settle()
         state = self.run.states[-1]
         if state.type is COMPLETED:
@@ -128,16 +134,27 @@ class RunFuture(Generic[R]):
             self.run.enter("cancel", message="cancelled before it began")
 
     def _refuse_deadlock(self) -> None:
-        waiter: Run | None = current_run.get()
-        chain = [self.run.name]
-        while waiter is not None:
-            chain.append(waiter.name) if waiter is not self.run else None
-            if waiter is self.run:
-                raise DeadlockError([self.run.name, *reversed(chain[1:]), self.run.name])
-            waiter = waiter.parent
+        refuse_deadlock((self,))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} {self.run.states[-1]!r}>"
+
+
+def refuse_deadlock(futures: Iterable[RunFuture[Any]]) -> None:
+    """Refuse to wait for a run that this one is a part of: it would wait for this one in turn.
+
+    Raises:
+        DeadlockError: With the chain from the awaited run down to this one, and back.
+    """
+    waiters: list[Run] = []
+    waiter: Run | None = current_run.get()
+    while waiter is not None:
+        waiters.append(waiter)
+        waiter = waiter.parent
+    for future in futures:
+        if future.run in waiters and not future._work.done():
+            names = [run.name for run in waiters[: waiters.index(future.run) + 1]]
+            raise DeadlockError([*reversed(names), names[-1]])
 
 
 async def _until_done(work: asyncio.Task[None]) -> None:
@@ -192,8 +209,11 @@ class FutureList(list["TaskFuture[R]"]):
     def __await__(self) -> Generator[Any, None, list[R]]:
         return self.result().__await__()
 
-    async def _filled(self) -> None:
-        """Return when the futures exist."""
+    _filling: RunFuture[None] | None = None
+
+    def is_filled(self) -> bool:
+        """Whether the futures exist."""
+        return True
 
     async def wait(self, timeout: float | None = None) -> list[State[R]]:
         """Wait for all, `timeout` seconds at most, and return the states then."""
@@ -206,8 +226,15 @@ class FutureList(list["TaskFuture[R]"]):
         Raises:
             TimeoutError: Some have not ended by then; they go on.
         """
-        async with asyncio.timeout(timeout):
-            await _all_done(self, stop_on_failure=raise_on_failure)
+        _check_timeout(timeout)
+        try:
+            async with asyncio.timeout(timeout):
+                await all_done(self, stop_on_failure=raise_on_failure)
+        except TimeoutError:
+            left = sum(not future.done() for future in self)
+            raise TimeoutError(
+                f"{left} of {len(self)} runs have not ended within {timeout:g} s; they go on."
+            ) from None
         for future in self:
             future._observed = True
         if raise_on_failure:
@@ -220,30 +247,36 @@ class FutureList(list["TaskFuture[R]"]):
 class PendingFutureList(FutureList[R]):
     """The futures of a `map` over a future that was not done yet: there are none before it is awaited."""
 
-    _filling: asyncio.Task[None] | None = None
+    _filling: RunFuture[None]
 
-    def fill_by(self, filling: asyncio.Task[None]) -> FutureList[R]:
+    def __init__(self, filling: RunFuture[None]) -> None:
+        super().__init__()
         self._filling = filling
-        return self
 
     async def wait(self, timeout: float | None = None) -> list[State[R]]:
-        await self._filled()
-        return await super().wait(timeout)
+        left = await self._fill(timeout)
+        return await super().wait(left)
 
     async def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> list[R]:
-        await self._filled()
-        return await super().result(timeout, raise_on_failure)
+        left = await self._fill(timeout)
+        return await super().result(left, raise_on_failure)
 
-    async def _filled(self) -> None:
-        if self._filling is not None:
-            await self._filling
+    async def _fill(self, timeout: float | None) -> float | None:
+        """Wait until the futures exist, and say how much of the time is left."""
+        began = time.monotonic()
+        await self._filling.result(timeout)
+        return None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
+
+    def is_filled(self) -> bool:
+        return self._filling.run.states[-1].type is COMPLETED
 
     def _check_filled(self) -> None:
-        if self._filling is not None and not self._filling.done():
+        if not self._filling.done():
             raise RuntimeError(
                 "This map waits for a future among its arguments, so its own futures do not exist yet. "
                 "Await the list first, or map over `await future`."
             )
+        self._filling.state.result()  # raises what kept the futures from coming into being
 
     def __iter__(self) -> Iterator[TaskFuture[R]]:
         self._check_filled()
@@ -258,12 +291,17 @@ class PendingFutureList(FutureList[R]):
         return super().__getitem__(index)
 
 
-async def _all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> None:
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"timeout must not be negative, got {timeout}.")
+
+
+async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> None:
     """Return when all are done, or one has failed: one callback a future and one waiter for all."""
     pending = {future._work: future for future in futures if not future._work.done()}
     if not pending or (stop_on_failure and any(_has_failed(f) for f in futures if f._work not in pending)):
         return
-    next(iter(pending.values()))._refuse_deadlock()
+    refuse_deadlock(pending.values())
     waiter = asyncio.get_running_loop().create_future()
     left = len(pending)
 
@@ -291,9 +329,9 @@ async def wait(
     futures: Iterable[RunFuture[R]], timeout: float | None = None
 ) -> tuple[set[RunFuture[R]], set[RunFuture[R]]]:
     """Wait for all futures, `timeout` seconds at most: `(done, not_done)`. Never raises for a failed run."""
-    if timeout is not None and timeout < 0:
-        raise ValueError(f"timeout must not be negative, got {timeout}.")
+    _check_timeout(timeout)
     futures = list(futures)
+    refuse_deadlock(futures)
     works = {future._work for future in futures if not future._work.done()}
     if works:
         await asyncio.wait(works, timeout=timeout)
@@ -312,9 +350,9 @@ async def as_completed(
         TimeoutError: After `timeout` seconds in all, saying how many are unfinished. With a timeout of zero
             those that are already done are still yielded.
     """
-    if timeout is not None and timeout < 0:
-        raise ValueError(f"timeout must not be negative, got {timeout}.")
+    _check_timeout(timeout)
     futures = list(dict.fromkeys(futures))
+    refuse_deadlock(futures)
     loop = asyncio.get_running_loop()
     finished: deque[RunFuture[R]] = deque(future for future in futures if future._work.done())
     pending = {future._work: future for future in futures if not future._work.done()}
@@ -338,163 +376,9 @@ async def as_completed(
                 await asyncio.wait([waiter], timeout=left)
                 if not waiter.done():
                     waiter.cancel()
-                    raise TimeoutError(f"{len(pending)} of {len(futures)} futures are unfinished after {timeout:g} s.")
+                    raise TimeoutError(
+                        f"{len(pending)} of {len(futures)} futures are unfinished after {timeout:g} s."
+                    )
     finally:
         for work in pending:
             work.remove_done_callback(ended)
-
-
-# --- futures as arguments
-
-# Types that hold no future: whatever else an argument is made of is looked into.
-LEAVES: frozenset[type] = frozenset(
-    {NoneType, bool, int, float, complex, str, bytes, bytearray, type, range, slice, FunctionType, ModuleType, CodeType}
-)
-_walks: dict[type, Callable[[Any], Sequence[Any]] | None] = {
-    list: list,
-    tuple: list,
-    set: list,
-    frozenset: list,
-    dict: lambda mapping: [*mapping.keys(), *mapping.values()],
-}
-
-
-def _members_of(kind: type) -> Callable[[Any], Sequence[Any]] | None:
-    """How to get at what a value of this type holds; None where it holds no future."""
-    if is_dataclass(kind):
-        names = [field.name for field in fields(kind)]
-        return lambda value: [getattr(value, name, None) for name in names]
-    for container in (dict, list, tuple, set, frozenset):
-        if issubclass(kind, container):
-            return _walks[container]
-    return None
-
-
-def find_marked(value: Any, found: list[Any], seen: set[int]) -> None:
-    """Collect futures and annotations in a value, at any depth; iterators are never touched.
-
-    A container of leaves costs one pass in C (`set(map(type, …))`), and none is walked twice.
-    """
-    kind = type(value)
-    if kind in LEAVES:
-        return
-    if issubclass(kind, (RunFuture, Annotation, FutureList)):
-        found.append(value)
-        if isinstance(value, allow_failure):
-            find_marked(value.value, found, seen)
-        return
-    if kind not in _walks:
-        _walks[kind] = _members_of(kind)
-    members_of = _walks[kind]
-    if members_of is None or id(value) in seen:
-        return
-    seen.add(id(value))
-    members = members_of(value)
-    kinds = set(map(type, members))
-    if not kinds <= LEAVES:
-        for member in members:
-            if type(member) not in LEAVES:
-                find_marked(member, found, seen)
-
-
-def replace_marked(value: Any, settled: dict[int, Any], memo: dict[int, Any]) -> Any:
-    """The value with every marked part replaced; what holds none is the same object, structure is kept."""
-    kind = type(value)
-    if kind in LEAVES:
-        return value
-    if id(value) in settled:
-        return settled[id(value)]
-    if _walks.get(kind) is None or id(value) in memo:
-        return memo.get(id(value), value)
-    memo[id(value)] = value  # a cycle ends here
-    memo[id(value)] = _rebuilt(value, kind, settled, memo)
-    return memo[id(value)]
-
-
-def _rebuilt(value: Any, kind: type, settled: dict[int, Any], memo: dict[int, Any]) -> Any:
-    def new(part: Any) -> Any:
-        return replace_marked(part, settled, memo)
-
-    if isinstance(value, dict):
-        items = [(new(key), new(item)) for key, item in value.items()]
-        if all(a is b and c is d for (a, c), (b, d) in zip(items, value.items(), strict=True)):
-            return value
-        copy = value.copy()
-        copy.clear()
-        copy.update(items)
-        return copy
-    if isinstance(value, (list, tuple, set, frozenset)):
-        parts = [new(part) for part in value]
-        if all(a is b for a, b in zip(parts, value, strict=True)):
-            return value
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
-    changed = {
-        field.name: part
-        for field in fields(value)
-        if (part := new(old := getattr(value, field.name, None))) is not old
-    }
-    if not changed:
-        return value
-    from copy import copy as shallow
-
-    twin = shallow(value)
-    for name, part in changed.items():
-        object.__setattr__(twin, name, part)
-    return twin
-
-
-class NotReady(Exception):
-    """A run that this one depends on did not complete."""
-
-    def __init__(self, upstream: Run) -> None:
-        self.upstream = upstream
-        super().__init__(upstream)
-
-
-async def settle(marked: Sequence[Any]) -> dict[int, Any]:
-    """Await what was found, and say what stands for each: by the id of the marked part.
-
-    Raises:
-        NotReady: A future that is not under `allow_failure` did not complete.
-    """
-    settled: dict[int, Any] = {}
-    lists = [part for part in marked if isinstance(part, FutureList)]
-    for each in lists:
-        await each._filled()
-    futures = [part for part in marked if isinstance(part, RunFuture)] + [future for each in lists for future in each]
-    forgiven = {
-        id(inner)
-        for part in marked
-        if isinstance(part, allow_failure)
-        for inner in _futures_in(part.value)
-    }
-    await _all_done(futures, stop_on_failure=False)
-    for future in futures:
-        state = future.state
-        if state.type is COMPLETED:
-            settled[id(future)] = state.data
-        elif id(future) in forgiven:
-            settled[id(future)] = state.error()
-        else:
-            raise NotReady(future.run)
-    for part in reversed(marked):
-        if isinstance(part, allow_failure):
-            settled[id(part)] = replace_marked(part.value, settled, {})
-        elif isinstance(part, Annotation):
-            settled[id(part)] = part.value
-        elif isinstance(part, FutureList):
-            settled[id(part)] = [settled[id(future)] for future in part]
-    return settled
-
-
-def _futures_in(value: Any) -> list[Any]:
-    found: list[Any] = []
-    find_marked(value, found, set())
-    return [
-        future
-        for part in found
-        for future in (part if isinstance(part, FutureList) else [part])
-        if isinstance(future, RunFuture)
-    ]
-
-

@@ -6,8 +6,17 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._futures import Annotation, FutureList, PendingFutureList, RunFuture, allow_failure, unmapped
-from ._states import State
+from ._futures import (
+    Annotation,
+    FutureList,
+    PendingFutureList,
+    RunFuture,
+    all_done,
+    allow_failure,
+    unmapped,
+)
+from ._kernel import Life
+from ._states import COMPLETED, PENDING, State, quick
 
 if TYPE_CHECKING:
     from ._task import Task
@@ -16,22 +25,56 @@ R = TypeVar("R")
 _SCALARS = (str, bytes, bytearray, memoryview, Mapping)
 
 
+class Spreading(Life):
+    """What becomes of a map over unfinished futures, as its owner sees it: one more run of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.states = [quick(PENDING, "Pending")]
+
+
 def spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FutureList[R]:
     """Submit one run per element. A future among the arguments is awaited first, where it is not done yet."""
     wait_for = kwargs.pop("wait_for", None)
-    pending = [value for value in (*args, *kwargs.values()) if isinstance(value, RunFuture) and not value.done()]
-    if pending:
-        futures: PendingFutureList[R] = PendingFutureList()
+    pending = [each for value in (*args, *kwargs.values()) if (each := _unfinished(value)) is not None]
+    if not pending:
+        return _spread(task, args, kwargs, wait_for)
+    owner, _ = task.owner("map")
+    life = Spreading(f"{task.name}.map")
+    filling: RunFuture[None] = RunFuture(life)  # type: ignore[arg-type]  # as much of a run as a future needs
+    futures: PendingFutureList[R] = PendingFutureList(filling)
 
-        async def fill() -> None:
-            await asyncio.wait([future._work for future in pending])
+    async def fill() -> None:
+        try:
+            await all_done(pending, stop_on_failure=False)
             futures.extend(_spread(task, args, kwargs, wait_for))
+        except Exception as error:
+            life.enter("fail", error, str(error))
+            owner.failed.append(filling)
+        else:
+            life.start()
+            life.returned(None)
+        finally:
+            owner.running.discard(filling)
 
-        return futures.fill_by(asyncio.get_running_loop().create_task(fill()))
-    return _spread(task, args, kwargs, wait_for)
+    filling.owner = owner
+    filling._work = asyncio.get_running_loop().create_task(fill())
+    owner.running.add(filling)
+    return futures
 
 
-def _spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any], wait_for: Any) -> FutureList[R]:
+def _unfinished(value: Any) -> RunFuture[Any] | None:
+    """The future that must be done before an argument can be spread."""
+    if isinstance(value, Annotation):
+        return _unfinished(value.value) if isinstance(value, allow_failure) else None
+    if isinstance(value, PendingFutureList):
+        value = value._filling
+    return value if isinstance(value, RunFuture) and not value.done() else None
+
+
+def _spread(
+    task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any], wait_for: Any
+) -> FutureList[R]:
     columns: dict[int | str, list[Any]] = {}
     constants: dict[int | str, Any] = {}
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
@@ -72,6 +115,8 @@ def _spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any], w
 def _column(value: Any) -> list[Any] | None:
     """The elements of an argument that is spread; None for one that goes to every run."""
     if isinstance(value, allow_failure):
+        if isinstance(value.value, RunFuture) and value.value.state.type is not COMPLETED:
+            return None  # every run gets the exception
         inner = _column(value.value)
         return None if inner is None else [allow_failure(element) for element in inner]
     if isinstance(value, Annotation):

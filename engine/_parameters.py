@@ -13,7 +13,7 @@ _EXACT = frozenset({str, int, float, bool, bytes, type(None)})
 
 
 class Validator:
-    """Validates the bound parameters of one flow. Models are made when first needed."""
+    """Validates the bound parameters of one flow. Models are made when first needed, away from the loop."""
 
     def __init__(self, fn: Callable[..., Any], signature: inspect.Signature, name: str) -> None:
         self._fn = fn
@@ -22,18 +22,17 @@ class Validator:
         self._adapters: dict[str, Any] | None = None
         self._hints: dict[str, Any] | None = None
 
-    def __call__(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The parameters, coerced; defaults too.
-
-        Raises:
-            ParameterError: Names every parameter that does not validate, and why.
-        """
+    def accepts(self, parameters: dict[str, Any]) -> bool:
+        """Whether all parameters are valid as they are, which costs no model."""
         if self._hints is None:
             self._hints = self._read_hints()
         hints = self._hints
-        if all(self._is_plain(hints.get(name, Any), value) for name, value in parameters.items()):
-            return parameters
-        return self._validate(parameters)
+        return all(self._is_plain(hints.get(name, Any), value) for name, value in parameters.items())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the models are made."""
+        return self._adapters is not None
 
     def _read_hints(self) -> dict[str, Any]:
         try:
@@ -50,26 +49,41 @@ class Validator:
 
     @staticmethod
     def _is_plain(hint: Any, value: Any) -> bool:
-        return hint is Any or (hint in _EXACT and type(value) is hint) if isinstance(hint, type) else hint is Any
+        return (
+            hint is Any or (hint in _EXACT and type(value) is hint) if isinstance(hint, type) else hint is Any
+        )
 
-    def _validate(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+    def make_ready(self) -> None:
+        """Make the models. Costs 0.1 s and reads files where pydantic is not loaded yet: call it in a thread."""
+        from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 
         assert self._hints is not None
-        if self._adapters is None:
-            self._adapters = {}
+        adapters: dict[str, Any] = {}
+        for name in self._signature.parameters:
+            hint = self._hints.get(name, Any)
+            if hint is Any:
+                continue
+            try:
+                adapters[name] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+            except PydanticUserError:  # the type brings its own configuration
+                adapters[name] = TypeAdapter(hint)
+        self._adapters = adapters
+
+    def validate(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters, coerced; defaults too.
+
+        Raises:
+            ParameterError: Names every parameter that does not validate, and why.
+        """
+        from pydantic import ValidationError
+
+        assert self._adapters is not None
         validated: dict[str, Any] = {}
         problems: list[str] = []
         for name, value in parameters.items():
-            hint = self._hints.get(name, Any)
-            if hint is Any:
+            if name not in self._adapters:
                 validated[name] = value
                 continue
-            if name not in self._adapters:
-                try:
-                    self._adapters[name] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-                except PydanticUserError:  # the type brings its own configuration
-                    self._adapters[name] = TypeAdapter(hint)
             try:
                 validated[name] = self._adapters[name].validate_python(value)
             except ValidationError as error:
