@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 
 .PHONY: demo test check format bench chaos clean
 
@@ -18,6 +19,11 @@ $(RUNS): pyproject.toml
 # And what tests, checks and benchmarks need.
 $(READY): $(RUNS)
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
+	@touch $@
+
+# And the peers, which only the benchmarks want.
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --group bench
 	@touch $@
 
 demo: $(RUNS)  ## index the standard library twice: all executed, then all cached
@@ -37,7 +43,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)
+bench: $(PEERS)  ## every workload against its floor and the peers, as ratios
 	$(BIN)/python benchmarks/run.py
 
 chaos: $(READY)
