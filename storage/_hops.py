@@ -190,7 +190,7 @@ class _Hop(Generic[T]):
     def work(self) -> None:
         try:
             self.value = self.function(*self.args)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the hop is awaited
+        except BaseException as error:
             self.error = error
 
     def settle(self) -> None:

@@ -10,9 +10,17 @@ import os
 import resource
 import signal
 import sys
+import threading
 from typing import Any
 
-from onceflow.storage import ObjectExistsError, Storage, StorageError, VersionMismatchError, storage_from_url
+from onceflow.storage import (
+    LocalStorage,
+    ObjectExistsError,
+    Storage,
+    StorageError,
+    VersionMismatchError,
+    storage_from_url,
+)
 from until import until
 
 
@@ -82,8 +90,17 @@ async def check(storage: Storage, size: str) -> int:
 
 
 async def fork(storage: Storage) -> str:
-    """Use the storage, fork while its threads live, and use it in the child."""
+    """Fork while the storage's only thread is at work, and use it in the child."""
+    assert isinstance(storage, LocalStorage)
     await storage.write("parent", b"before")
+    begun, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go.wait()
+
+    working = asyncio.create_task(storage._hops.run(work))
+    await until(begun.is_set)
     child = os.fork()
     if child == 0:
         # The child has the loop's memory but none of its threads: it starts a loop of its own.
@@ -91,6 +108,8 @@ async def fork(storage: Storage) -> str:
         asyncio.run(storage.write("child", b"written"))
         os._exit(0)
     await until(lambda: os.waitpid(child, os.WNOHANG) != (0, 0))
+    go.set()
+    await working
     await storage.write("parent", b"after")
     return (await storage.read("child")).decode()
 
