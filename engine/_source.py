@@ -210,6 +210,8 @@ class _Walk:
         if "__class__" in fn.__code__.co_freevars and owner is not None:  # super()
             yield b"".join(self.encode(base) for base in owner.__bases__)
         for name in names.used:
+            if name.scope == "argument" and (owner is None or name.root != first_argument(fn)):
+                continue  # a value of the call, not of the code
             yield b"".join([framed(part.encode()) for part in (name.scope, name.root, *name.attributes)])
             yield self.bound(fn, name, owner)
         if names.imports and self.follow:

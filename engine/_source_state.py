@@ -2,7 +2,7 @@
 
 Without this, a function that counts its calls, fills a cache or sets a flag would mean something else after each
 run, and never be found again. It is read off the code, so it errs on the side of meaning: what is changed in a way
-that does not show here (through an alias, by a function that it is passed to) counts by content.
+that does not show here (by a library, through an alias in another container) counts by content.
 """
 
 from __future__ import annotations
@@ -13,18 +13,8 @@ from typing import Any
 
 from ._encoding import SCALARS
 from ._naming import is_user_class
-from ._source_names import Name, Names, names_in
+from ._source_names import CHANGING, Call, Name, Names, names_in
 from ._source_parts import cell_of, cells, default_of, first_argument, functions_of, peek
-
-_CHANGING = frozenset(
-    {
-        *("append", "appendleft", "add", "extend", "extendleft", "insert", "update", "setdefault"),
-        *("pop", "popleft", "popitem", "remove", "discard", "clear", "sort", "reverse", "rotate", "subtract"),
-        *("move_to_end", "difference_update", "intersection_update", "symmetric_difference_update"),
-        *("__setitem__", "__delitem__", "__iadd__"),
-    }
-)
-"""Methods by which the containers of the standard library, and others after their model, are changed."""
 
 
 def state_of(fn: FunctionType, owner: type | None) -> Iterator[Any]:
@@ -41,6 +31,8 @@ def state_of(fn: FunctionType, owner: type | None) -> Iterator[Any]:
     for name in names.used:
         if name.attributes:
             yield from _called(_roots(fn, name, owner), name)
+    for call in names.calls:
+        yield from _passed(fn, call, owner, set())
 
 
 def _roots(fn: FunctionType, name: Name, owner: type | None) -> Iterable[Any]:
@@ -89,11 +81,44 @@ def _called(roots: Iterable[Any], name: Name) -> Iterator[Any]:
     *path, method = name.attributes
     for value in _follow(roots, path):
         functions = list(functions_of(peek(type(value), method)))
-        if not functions and method in _CHANGING and not isinstance(value, type | ModuleType):
+        if not functions and method in CHANGING and not isinstance(value, type | ModuleType):
             yield id(value)
         elif is_user_class(type(value)):
             for assigned, change in _own_changes(type(value), method, set()):
                 yield from _changed([value], change, assigned)
+
+
+def _passed(fn: FunctionType, call: Call, owner: type | None, seen: set[Any]) -> Iterator[Any]:
+    """What is changed by a function that it is passed to, and an object by being called."""
+    if call.function.scope == "argument":
+        return
+    for target in _follow(_roots(fn, call.function, owner), call.function.attributes):
+        if is_user_class(type(target)):
+            for assigned, change in _own_changes(type(target), "__call__", set()):
+                yield from _changed([target], change, assigned)
+        for label, name in call.arguments if isinstance(target, FunctionType) else ():
+            for assigned, change in _changes_of_argument(target, label, seen):
+                full = name._replace(attributes=(*name.attributes, *change.attributes))
+                yield from _changed(_roots(fn, full, owner), full, assigned)
+
+
+def _changes_of_argument(fn: FunctionType, label: int | str, seen: set[Any]) -> Iterator[tuple[bool, Name]]:
+    """What a function changes of one of its arguments, itself or by passing it on."""
+    code = fn.__code__
+    own = label if isinstance(label, str) else code.co_varnames[label] if label < code.co_argcount else None
+    if own is None or (code, own) in seen:
+        return
+    seen.add((code, own))
+    names = names_in(code)
+    yield from _changes_of(names, own)
+    for call in names.calls:
+        for inner, name in call.arguments:
+            if name.scope == "argument" and name.root == own and call.function.scope != "argument":
+                for target in _follow(_roots(fn, call.function, None), call.function.attributes):
+                    if isinstance(target, FunctionType):
+                        for assigned, change in _changes_of_argument(target, inner, seen):
+                            attributes = (*name.attributes, *change.attributes)
+                            yield assigned, name._replace(attributes=attributes)
 
 
 def _own_changes(kind: type, method: str, seen: set[str]) -> Iterator[tuple[bool, Name]]:
@@ -112,5 +137,5 @@ def _changes_of(names: Names, own: str | None) -> Iterator[tuple[bool, Name]]:
         if name.scope == "argument" and name.root == own:
             yield name in names.assigned, name
     for name in names.used:  # self.seen.add(x)
-        if name.scope == "argument" and name.root == own and name.attributes[-1] in _CHANGING:
+        if name.scope == "argument" and name.root == own and name.attributes[-1] in CHANGING:
             yield False, name._replace(attributes=name.attributes[:-1])
