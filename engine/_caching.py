@@ -104,7 +104,12 @@ async def call_for(
     if key.text is None:
         run.reason = f"ran: {key.why_not}"
         return None
-    place = engine.place_for(run, policy)
+    try:
+        place = engine.place_for(run, policy)
+    except CacheKeyError as error:
+        _warn(run, definition, str(error))
+        run.reason = "ran: there is no usable storage key"
+        return None
     where = (place.records.url, key.text)
     return Call(run, definition, attempts, policy, place, key, where, _must_refresh(run, definition))
 

@@ -133,9 +133,27 @@ async def resolve(run: TaskRun, marked: Marked) -> None:
     run._parameters = None  # whoever read them before, as of a future's run, saw futures
 
 
-def _not_ready(run: TaskRun | FlowRun, upstream: Run) -> None:
+async def settle_arguments(run: TaskRun) -> None:
+    """Put values in the places of futures, for a run that is only asked about.
+
+    Raises:
+        UpstreamFailedError: A future did not complete.
+    """
+    if marked := marked_in(run):
+        try:
+            await resolve(run, marked)
+        except NotReady as error:
+            raise _upstream_error(error.upstream) from error
+
+
+def _upstream_error(upstream: Run) -> UpstreamFailedError:
     error = UpstreamFailedError(upstream.name, repr(upstream.state))
     error.__cause__ = upstream.state.error()
+    return error
+
+
+def _not_ready(run: TaskRun | FlowRun, upstream: Run) -> None:
+    error = _upstream_error(upstream)
     run.enter("not_ready", error, str(error))
     run.reason = "did not run: upstream failed"
 

@@ -23,7 +23,7 @@ from ._options import TaskOptions
 from ._owning import Owner, owner_here
 from ._policies import CachePolicy
 from ._processes import run_in_process
-from ._run import perform
+from ._run import perform, settle_arguments
 from ._states import COMPLETED, State
 from ._streaming import stream
 from ._sync import run_blocking
@@ -250,8 +250,9 @@ class Task(Definition[P, R]):
         return made
 
     async def cache_key(self, *args: P.args, **kwargs: P.kwargs) -> str | None:
-        """The key that this call would have here; None where it would not be cached."""
+        """The key that this call would have here, its futures awaited; None where it would not be cached."""
         run = await self._begin(args, kwargs)
+        await settle_arguments(run)
         if not wanted(run, self):
             return None
         return (await key_of(run, self, policy_of(run, self))).text
@@ -259,6 +260,7 @@ class Task(Definition[P, R]):
     async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Drop this call's record; whether there was one."""
         run = await self._begin(args, kwargs)
+        await settle_arguments(run)
         policy = policy_of(run, self)
         key = await key_of(run, self, policy)
         if key.text is None:

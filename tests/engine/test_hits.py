@@ -225,7 +225,7 @@ async def test_none_is_a_value(engine: Engine) -> None:
 async def test_a_changed_storage_key(engine: Engine) -> None:
     """E12: under another storage key the old record is not used, with a policy and without one."""
     for options in ({"cache_policy": INPUTS}, {}):
-        mine = task(static.fn).with_options(**options)  # type: ignore[misc]
+        mine = task(static.fn).with_options(**options)
         before, after = (mine.with_options(result_storage_key=f"{len(options)}-{name}") for name in "ab")
         assert names([await before.run_to_state(1), await before.run_to_state(1)]) == ["Completed", "Cached"]
         assert names([await after.run_to_state(1), await after.run_to_state(1)]) == ["Completed", "Cached"]

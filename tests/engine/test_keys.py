@@ -26,8 +26,10 @@ from onceflow.engine import (
     Engine,
     flow,
     get_run_context,
+    quote,
     task,
 )
+from onceflow.engine._errors import UpstreamFailedError
 from pydantic import BaseModel, Field, PrivateAttr, SecretStr
 from stored_records import keys_in
 
@@ -417,6 +419,31 @@ async def test_a_key_function_gets_context_and_inputs() -> None:
     assert parameters == {"x": 1, "y": [1], "z": 3}
     assert (context.task.name, context.task_run.id, context.flow_run.id) == ("work", task_id, flow_id)
     assert (context.task_run.flow_run_id, context.task_run_id) == (flow_id, task_id)
+
+
+async def test_asking_for_the_key_of_a_call_with_futures() -> None:
+    """K15: cache_key() and invalidate() see the values of futures, alone and in containers, as the call does."""
+
+    @task
+    async def one() -> int:
+        return 1
+
+    @task
+    async def none() -> int:
+        raise LookupError
+
+    @flow
+    async def parent() -> None:
+        key = await identity.cache_key(1)
+        assert await identity.cache_key(one.submit()) == await identity.cache_key(quote(1)) == key is not None
+        assert await identity.cache_key([one.submit()]) == await identity.cache_key([1])
+        await identity(1)
+        assert await identity.invalidate(one.submit())
+        assert not await identity.invalidate(1)
+        with pytest.raises(UpstreamFailedError):
+            await identity.cache_key(none.submit())
+
+    await parent()
 
 
 async def test_a_key_function_cannot_change_the_call() -> None:
