@@ -15,7 +15,7 @@ from ._context import FlowRun, TaskRun
 from ._errors import ConfigurationError
 from ._kernel import Retry, retry_rule
 from ._limits import Gate
-from ._options import Hook, check_known, check_retries, hooks_of, seconds_of
+from ._options import Hook, check_delays, check_known, check_retries, hooks_of, seconds_of
 from ._policies import CacheKeyFnPolicy, CachePolicy, NonePolicy
 
 P = ParamSpec("P")
@@ -124,6 +124,9 @@ class Definition(Generic[P, R]):
         """Whether results persist; None where that is left to the flow and the settings."""
         return self.persist
 
+    owner: type | None = None
+    """The class of the object that a method is bound to: what `self.…` in its code means."""
+
     # --- running
 
     body: Callable[[Any], Awaitable[R]]
@@ -138,6 +141,9 @@ class Definition(Generic[P, R]):
     # --- retries
 
     def _rule_from(self, retries: int, delays: Any) -> Retry:
+        if callable(delays):
+            delays = delays(retries)
+            check_delays(self.kind, self.name, delays)
         return retry_rule(retries, delays, self.retry_jitter_factor, self.retry_condition_fn is not None)
 
     def rule_for(self, run: TaskRun | FlowRun) -> Retry | None:

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
 from ._arguments import Marked
 from ._context import FlowRun, TaskRun, current_run, current_tags
-from ._definition import Definition, check_no_wait_for
+from ._definition import Definition, F, check_no_wait_for
 from ._engine import ambient, ambient_now, current_engine
 from ._futures import FutureList, RunFuture
 from ._options import FlowOptions
@@ -94,6 +94,16 @@ class Flow(Definition[P, R]):
     def with_options(self, **options: Unpack[FlowOptions]) -> Self:
         """A new flow with other options; those not named stay, `None` takes one back, zero is a value."""
         return self._with(options)
+
+    # --- hooks
+
+    def on_cancellation(self, hook: F) -> F:
+        """Call `hook(flow, run, state)` when a run was cancelled, shielded from further cancellation."""
+        return self._add_hook("on_cancellation", hook)
+
+    def on_crashed(self, hook: F) -> F:
+        """Call `hook(flow, run, state)` when a run was ended by a BaseException such as KeyboardInterrupt."""
+        return self._add_hook("on_crashed", hook)
 
     # --- the body
 

@@ -207,15 +207,14 @@ def _describe(error: BaseException) -> str:
 
 def retry_rule(
     times: int,
-    delays: float | Sequence[float] | Callable[[int], Sequence[float]] | None,
+    delays: float | Sequence[float] | Callable[[int], float | Sequence[float]] | None,
     jitter: float | None,
     conditional: bool,
 ) -> Retry:
     """The rule that the options `retries`, `retry_delay_seconds`, … describe."""
-    if callable(delays):
-        delays = tuple(delays(times))
-    elif delays is None or delays == 0:
-        delays = ()
-    elif isinstance(delays, (int, float)):
-        delays = (float(delays),)
-    return Retry(times, tuple(delays), jitter or 0.0, conditional)
+    given = delays(times) if callable(delays) else delays
+    if given is None or given == 0:
+        given = ()
+    elif isinstance(given, (int, float)):
+        given = (float(given),)
+    return Retry(times, tuple(given), jitter or 0.0, conditional)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ._policies import CachePolicy
 
 Hook = Callable[..., Any]
-Delays = float | Sequence[float] | Callable[[int], Sequence[float]]
+Delays = float | Sequence[float] | Callable[[int], float | Sequence[float]]
 
 
 class CommonOptions(TypedDict, total=False):
@@ -92,7 +92,9 @@ def check_known(kind: str, options: Mapping[str, Any], known: type) -> None:
     names = sorted(known.__annotations__ | CommonOptions.__annotations__)
     for option in options:
         if option not in names:
-            raise TypeError(f"@{kind} has no option {option!r}.{closest(option, names)} It takes {', '.join(names)}.")
+            raise TypeError(
+                f"@{kind} has no option {option!r}.{closest(option, names)} It takes {', '.join(names)}."
+            )
 
 
 def hooks_of(options: Mapping[str, Any]) -> dict[str, list[Hook]]:
@@ -134,18 +136,27 @@ def seconds_of(timeout: float | timedelta | None) -> float | None:
     return seconds
 
 
+def check_delays(kind: str, name: str, delays: Any) -> None:
+    """Refuse what is neither a number of seconds nor a sequence of them."""
+    for delay in [] if delays is None else delays if isinstance(delays, Sequence) else [delays]:
+        if not isinstance(delay, (int, float)) or not delay >= 0:
+            raise ConfigurationError(
+                f"{kind} {name!r}: retry_delay_seconds must be 0 or more, got {delay!r}."
+            )
+
+
 def check_retries(kind: str, name: str, options: Mapping[str, Any]) -> None:
     """Refuse numbers that no run could follow."""
     retries = options.get("retries")
     if retries is not None and (not isinstance(retries, int) or retries < 0):
-        raise ConfigurationError(f"{kind} {name!r}: retries must be a whole number from 0 on, got {retries!r}.")
+        raise ConfigurationError(
+            f"{kind} {name!r}: retries must be a whole number from 0 on, got {retries!r}."
+        )
     delays = options.get("retry_delay_seconds")
-    values = [] if delays is None or callable(delays) else delays if isinstance(delays, Sequence) else [delays]
-    for delay in values:
-        if not isinstance(delay, (int, float)) or delay < 0:
-            raise ConfigurationError(f"{kind} {name!r}: retry_delay_seconds must be 0 or more, got {delay!r}.")
+    if not callable(delays):
+        check_delays(kind, name, delays)
     jitter = options.get("retry_jitter_factor")
-    if jitter is not None and jitter < 0:
+    if jitter is not None and not (isinstance(jitter, (int, float)) and jitter >= 0):
         raise ConfigurationError(f"{kind} {name!r}: retry_jitter_factor must be 0 or more, got {jitter!r}.")
     expiration = options.get("cache_expiration")
     if expiration is not None and not isinstance(expiration, timedelta):
