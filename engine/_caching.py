@@ -11,13 +11,14 @@ from ._commit import uncancelled
 from ._context import FlowRun, TaskRun
 from ._engine import storage_key
 from ._errors import CacheKeyError, CommitError, EngineError, UncacheableInputError
+from ._explain import Explanation, explanation, reason_for
 from ._flights import Flight, Lead, Served, lineage
-from ._intents import Refused, Where
 from ._locks import Held, hold, isolation_of
 from ._logging import INFO, logger
 from ._policies import CachePolicy, ComponentPolicy, Components, NonePolicy, key_from
 from ._records import SHAREABLE, Facts, Hit, Miss, Place, ago
 from ._states import COMPLETED, FAILED
+from ._steps import Refused, Where
 from ._transaction import Staged
 
 if TYPE_CHECKING:
@@ -136,10 +137,45 @@ async def look_up_value(call: Call) -> Any:
     assert call.key.text is not None
     found = await run.engine.records.lookup(call.place, call.key.text)
     if isinstance(found, Miss):
-        run.reason = f"ran: {found.reason}"
+        await _note_reason(call, found)
         return None
     run.reason = f"cached: written by run {found.header.run_id}"
     return found.value
+
+
+async def _note_reason(call: Call, miss: Miss) -> None:
+    """Why the run goes on; what changed since the nearest record is looked up only where a line will say so."""
+    reason = miss.reason
+    if reason == "no record" and logger.isEnabledFor(INFO):
+        reason = reason_for(call.policy, await call.run.engine.explainer.changed(call))
+    call.run.reason = f"ran: {reason}"
+
+
+async def explain(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> Explanation:
+    """Whether this call would hit, and if not, what differs from the nearest earlier record of the task.
+
+    Costs the look-up (one read), and on a miss the note about the task's records, read once per engine.
+    """
+    if not wanted(run, definition):
+        return explanation(Key(None, {}), False, run.reason or "ran: the flow has no cache policy")
+    call = await call_for(run, definition, _never)
+    if call is None:
+        return explanation(Key(None, {}), False, run.reason)
+    assert call.key.text is not None
+    if call.refresh:
+        return explanation(call.key, False, "ran: refresh was asked for")
+    found = await run.engine.records.lookup(call.place, call.key.text)
+    if isinstance(found, Hit):
+        age = ago(max(0.0, run.engine.clock() - found.header.created))
+        return explanation(call.key, True, f"cached: written by run {found.header.run_id} {age} ago")
+    if found.reason != "no record":
+        return explanation(call.key, False, f"ran: {found.reason}")
+    changed = await run.engine.explainer.changed(call)
+    return explanation(call.key, False, f"ran: {reason_for(call.policy, changed)}", changed)
+
+
+async def _never(run: Any, definition: Any) -> None:
+    raise AssertionError("an explanation runs nothing")
 
 
 async def _look_up(call: Call) -> Miss | None:
@@ -151,7 +187,7 @@ async def _look_up(call: Call) -> Miss | None:
     assert call.key.text is not None
     found = await run.engine.records.lookup(call.place, call.key.text)
     if isinstance(found, Miss):
-        run.reason = f"ran: {found.reason}"
+        await _note_reason(call, found)
         return found
     _serve(run, found.value, found.header.run_id, found.header.created)
     return None
@@ -339,6 +375,7 @@ async def commit(call: Call, expect: str | None, held: Held | None = None) -> Se
         prepared = await records.prepare(place, key.text, state.data, facts)
         if txn is not None and txn.joins:
             served: Served = records.served(prepared)
+            run.engine.explainer.note(call)
             txn.add_record(call.where, Staged(prepared, expect, held is not None, served, run))
             return served
         if held is not None and held.lost:
@@ -355,6 +392,7 @@ async def commit(call: Call, expect: str | None, held: Held | None = None) -> Se
         )
         return None
     state.location = key.text
+    run.engine.explainer.note(call)
     return records.served(prepared) if held is not None else None
 
 

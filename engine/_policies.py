@@ -230,14 +230,16 @@ class TaskSourcePolicy(ComponentPolicy):
             return {"source": ABSENT}
         if task.version is not None:
             return {"version": _fingerprint.digest(task.version)}
-        meaning = _source.source_meaning(task.fn, follow_helpers=self.follow_helpers)
+        meaning = _source.source_meaning(task.fn, follow_helpers=self.follow_helpers, owner=task.owner)
         components = {f"helper {label}": digest for label, digest in meaning.helpers.items()}
         components["source"] = meaning.own
         return components
 
     def is_heavy(self, run: TaskRun | FlowRun) -> bool:
-        definition = run.task or run.flow
-        return definition is not None and definition.version is None and not _source.is_warm(definition.fn)
+        task = run.task or run.flow
+        if task is None or task.version is not None:
+            return False
+        return not _source.is_warm(task.fn, follow_helpers=self.follow_helpers, owner=task.owner)
 
 
 class FlowParametersPolicy(ComponentPolicy):

@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast, overload
 
 from . import _policies
-from ._caching import key_of, policy_of, wanted
+from ._caching import explain, key_of, policy_of, wanted
 from ._context import FlowRun, TaskRun, current_run, current_tags
 from ._definition import Definition, check_no_wait_for
 from ._engine import ambient, ambient_now, current_engine
 from ._errors import ConfigurationError, NoActiveRunError
+from ._explain import Explanation
 from ._futures import FutureList, TaskFuture
 from ._generators import RunStream
 from ._limits import Gate, check_size, parse_rate
@@ -26,7 +27,7 @@ from ._processes import run_in_process
 from ._run import perform, settle_arguments
 from ._states import COMPLETED, State
 from ._streaming import stream
-from ._sync import run_blocking
+from ._sync import call_on_loop, drop_calls, run_blocking
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,7 +97,10 @@ class Task(Definition[P, R]):
         return awaitable
 
     async def _sync_body(self, run: TaskRun) -> R:
-        value = await run.engine.in_thread(_call, self.fn, run.args, run.kwargs)
+        try:
+            value = await run.engine.in_thread(_call, self.fn, run.args, run.kwargs)
+        finally:
+            drop_calls(run)
         if inspect.iscoroutine(value):  # a plain wrapper around an async function
             value = await value
         return cast(R, value)
@@ -115,6 +119,7 @@ class Task(Definition[P, R]):
             return self
         bound = copy(self)
         bound._prefix = (owner if self._descriptor is classmethod else instance,)
+        bound.owner = owner if self._descriptor is classmethod else type(instance)
         bound._choose_body()
         return bound
 
@@ -137,9 +142,11 @@ class Task(Definition[P, R]):
         parent = current_run.get()
         run = self._run(args, kwargs, parent)
         if parent is None:
-            run.engine = ambient_now() or await ambient()
+            run.engine = ambient_now() or await ambient(f"Task {self.name!r}")
         elif (entered := current_engine.get()) is not None and entered._is_open:
             run.engine = entered
+        else:
+            run.engine.check_usable(f"Task {self.name!r}")
         return run
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -174,7 +181,7 @@ class Task(Definition[P, R]):
         """
         return self._submit(args, kwargs, "submit")
 
-    def owner(self, verb: str) -> tuple[Owner, TaskRun | FlowRun | None]:
+    def owner_for(self, verb: str) -> tuple[Owner, TaskRun | FlowRun | None]:
         """Who will await a run that is submitted here, and the run that it is called from.
 
         Raises:
@@ -195,13 +202,17 @@ class Task(Definition[P, R]):
         return here
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], verb: str) -> TaskFuture[R]:
-        owner, parent = self.owner(verb)
+        owner, parent = self.owner_for(verb)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # in the thread of a synchronous body
+            return call_on_loop(owner.engine, f"{self.name}.{verb}", lambda: self._submit(args, kwargs, verb))
         run = self._run(args, kwargs, parent)
         if parent is None:
             run.engine = owner.engine
         future: TaskFuture[R] = TaskFuture(run)
         future.owner = owner
-        future._work = asyncio.get_running_loop().create_task(_perform_submitted(future, owner))
+        future._work = loop.create_task(_perform_submitted(future, owner))
         owner.running.add(future)
         return future
 
@@ -218,6 +229,11 @@ class Task(Definition[P, R]):
             NoActiveRunError: Outside of a flow run and an entered engine.
             ValueError: No iterable, or different lengths.
         """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # in the thread of a synchronous body
+            engine = self.owner_for("map")[0].engine
+            return call_on_loop(engine, f"{self.name}.map", lambda: spread(self, args, kwargs))
         return spread(self, args, kwargs)
 
     def stream(
@@ -256,6 +272,11 @@ class Task(Definition[P, R]):
         if not wanted(run, self):
             return None
         return (await key_of(run, self, policy_of(run, self))).text
+
+    async def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
+        """Whether this call would be served from its record here, and if not, which component differs from
+        the nearest earlier record of the task. Runs nothing."""
+        return await explain(await self._begin(args, kwargs), self)
 
     async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Drop this call's record; whether there was one."""

@@ -132,6 +132,8 @@ class MemoryStorage(Storage):
         with self._store.lock:
             snapshot = sorted(self._objects().items())
         for name, found in snapshot:
+            if name.startswith("."):
+                continue  # a note of onceflow's own
             stat = _stat(name, found)
             if stat.key.startswith(prefix):
                 yield stat

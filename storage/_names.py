@@ -30,6 +30,9 @@ _ALIAS_BEGINNING = re.compile(r"~[0-9a-f]{0,64}", re.ASCII)
 
 _is_safe = _SAFE.fullmatch
 
+HIDDEN = "\0onceflow:"
+"""What keys of onceflow's own notes begin with. Their names begin with a dot, and no listing shows them."""
+
 
 def name_of(key: str) -> str:
     """The safe, unique name of a key: the key itself where it can be, else its encoding, else its alias.
@@ -45,6 +48,8 @@ def name_of(key: str) -> str:
         raise ValueError("A storage key must not be empty. Give the object a name, such as 'report'.")
     if _ALIAS.fullmatch(key):
         return key
+    if key.startswith(HIDDEN) and _is_safe(note := key[len(HIDDEN) :]):
+        return f".{note}"
     name = _encode(key)
     if len(name) <= LONGEST:
         return name
