@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import quote
 
 try:
-    import fcntl
+    import fcntl as _fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    _fcntl = None  # type: ignore[assignment]
 
 from ..storage._hops import Hops
 from ..storage._names import name_of
@@ -24,6 +24,8 @@ from ._errors import LockAccessError, LockClosedError, LockConfigurationError, L
 from ._manager import logger
 from ._mounts import network_file_system
 from ._queued import QueuedLockManager
+
+fcntl: Any = _fcntl
 
 _SHORTEST, _LONGEST = 0.005, 0.05
 """Seconds between two tries, doubling, with jitter. A try that fails costs 10 µs."""

@@ -32,8 +32,8 @@ _TRUST = 0.8
 class LeasingLockManager(LockManager):
     """Grants, renews, ends and cleans up leases. Who gets one is decided above, in `QueuedLockManager`."""
 
-    lease_seconds: float | None = None
-    """How long the server keeps a key for a holder that is no longer heard of; None where it knows."""
+    lease_seconds: float = math.inf
+    """How long the server keeps a key for a holder that is no longer heard of; endless where it would know."""
 
     _suspends = True
     """Whether requests suspend, and so need to be seen through cancellations."""
@@ -108,13 +108,12 @@ class LeasingLockManager(LockManager):
     # The beginning
 
     def _new_lease(self, claim: Claim) -> Lease:
-        seconds = self.lease_seconds
         lease = Lease(
             claim.key,
             claim.holder,
             claim.token,
             self,
-            deadline=math.inf if seconds is None else claim.sent + _TRUST * seconds,
+            deadline=claim.sent + _TRUST * self.lease_seconds,
             hold_until=claim.hold_until,
             clock=self._clock,
         )
@@ -126,16 +125,14 @@ class LeasingLockManager(LockManager):
 
     def _plan(self, lease: Lease) -> None:
         """Set the timer for what comes next: a renewal, or the end of the hold_timeout."""
-        after = lease._hold_until - self._clock()
-        if self.lease_seconds is not None:
-            after = min(after, self.lease_seconds / _RENEWALS)
+        after = min(lease._hold_until - self._clock(), self.lease_seconds / _RENEWALS)
         loop = lease._loop
         if after != math.inf and loop is not None:
             lease._timer = loop.call_later(after, self._due, lease, loop, loop.time() + after)
 
     def _due(self, lease: Lease, loop: asyncio.AbstractEventLoop, planned: float) -> None:
         late = loop.time() - planned
-        if self.lease_seconds is not None and late > self.lease_seconds * PATIENCE:
+        if late > self.lease_seconds * PATIENCE:
             logger.warning(
                 "The event loop that renews the lock %r for %r stood still for %.1f s of its %g s: something "
                 "blocks it. Move that work to a thread.", lease.key, lease.holder, late, self.lease_seconds,
@@ -163,12 +160,12 @@ class LeasingLockManager(LockManager):
                     )
                 left = lease._deadline - self._clock()
                 await asyncio.sleep(
-                    max(0, min(left, random.uniform(0.1, 0.3) * (self.lease_seconds or 1) / _RENEWALS))
+                    max(0, min(left, random.uniform(0.1, 0.3) * self.lease_seconds / _RENEWALS))
                 )
                 continue
             if not kept:
                 self._expire(lease, "the key was taken over, or removed from the lock server")
-            elif lease._over is None and self.lease_seconds is not None:  # not released meanwhile
+            elif lease._over is None:  # not released meanwhile
                 lease._deadline = sent + _TRUST * self.lease_seconds
                 self._plan(lease)
             return

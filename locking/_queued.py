@@ -61,7 +61,8 @@ class QueuedLockManager(LeasingLockManager):
             if ticket.lease is not None and self._unwanted(ticket.lease, taken=lease is not None):
                 await self._undo(ticket.lease._claim)
                 self._vacate(ticket.lease)
-                self._check_open()
+                if lease is not None:
+                    self._check_open()
 
     def _standing(self, place: Place, ticket: Ticket) -> tuple[bool, float]:
         """Whether the ticket may make a request now, and when it must look again (loop time)."""

@@ -60,7 +60,7 @@ class RedisLockManager(QueuedLockManager):
                 "RedisLockManager needs redis-py.", "Install it: pip install 'onceflow[redis]'."
             )
         self._address = _address(url)
-        self.lease_seconds: float = checked_lease(lease_seconds)
+        self.lease_seconds = checked_lease(lease_seconds)
         if max_connections < 1:
             raise LockConfigurationError(f"max_connections is {max_connections}.", "Give 1 or more.")
         self._max_connections, self._prefix = max_connections, prefix

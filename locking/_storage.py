@@ -72,7 +72,7 @@ class StorageLockManager(QueuedLockManager):
                 f"{storage!r} is no storage.", "Give a Storage, or use lock_manager_from_url for a URL."
             )
         self.storage = storage
-        self.lease_seconds: float = checked_lease(lease_seconds)
+        self.lease_seconds = checked_lease(lease_seconds)
         super().__init__()
         self.owns_storage = False
         self._seen: dict[str, _Seen] = {}
@@ -248,8 +248,8 @@ class _Seen:
 
 def _pack(held: bool, token: int, nonce: str, lease: float, holder: str) -> bytes:
     # A second nonce for each write: where a version is a hash of the content, none may come back.
-    body: bytes = msgpack.packb([_FORMAT, held, token, nonce, uuid.uuid4().bytes, lease, holder])
-    return body
+    body: Any = msgpack.packb([_FORMAT, held, token, nonce, uuid.uuid4().bytes, lease, holder])
+    return bytes(body)
 
 
 def _unpack(body: bytes, lease: float) -> _Lock:

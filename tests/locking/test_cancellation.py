@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import anyio
@@ -12,7 +12,7 @@ from lock_places import Place, turns
 from onceflow.locking import Lease, LockManager
 
 Make = Callable[..., LockManager]
-Cancel = Callable[[Coroutine[Any, Any, Any], int], Awaitable[Any]]
+Cancel = Callable[[Coroutine[Any, Any, Any], int], Coroutine[Any, Any, Any]]
 
 
 async def natively(work: Coroutine[Any, Any, Any], steps: int) -> Any:

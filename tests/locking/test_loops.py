@@ -86,7 +86,7 @@ async def test_a_waiter_whose_loop_is_gone(manager: LockManager) -> None:
     async with asyncio.timeout(10):
         assert await third
     task[0]._log_destroy_pending = False  # type: ignore[attr-defined]
-    task[0].get_coro().close()  # type: ignore[union-attr]
+    task[0].get_coro().close()
 
 
 @pytest.mark.parametrize("name", ["uvloop"])

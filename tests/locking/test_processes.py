@@ -82,6 +82,8 @@ async def test_killed_holder(shared: Place, make: Make) -> None:
 
 async def test_paused_holder(shared: Place, make: Make) -> None:
     """B10: a holder that is paused past its lease finds it lost; with files the kernel keeps it for it."""
+    if shared.kind == "s3":
+        pytest.skip("the same code as over the local storage; chaos has it")
     manager = make(_LEASE)
     async with python("lock_worker.py", shared.url, "hold", "key", str(_LEASE)) as worker:
         _, token = await line(worker)
@@ -115,7 +117,7 @@ async def test_exclusion_at_length(shared: Place, tmp_path: Path) -> None:
     """B7: 8 processes, 20 keys, 10 tasks each, ten times."""
     for number in range(10):
         folder = tmp_path / f"{number}"
-        folder.mkdir()
+        await asyncio.to_thread(folder.mkdir)
         await _contend(shared.url, folder, processes=8, tasks=10, keys=20)
 
 

@@ -101,21 +101,24 @@ async def test_tokens_survive_lost_data(own_redis: RedisServer) -> None:
 
 async def test_restart_under_waiters(own_redis: RedisServer) -> None:
     """46: a server that restarts empty: waiters go on, and the holder of before learns that it lost its lease."""
-    async with RedisLockManager(own_redis.url, lease_seconds=3) as here:
-        async with RedisLockManager(own_redis.url, lease_seconds=3) as there:
-            lease = await here.acquire("key", "me")
-            assert lease is not None
-            waiting = asyncio.create_task(there.acquire("key", "you"))
-            await subscribers(own_redis, 1)
-            await asyncio.to_thread(own_redis.restart)
-            second = await asyncio.wait_for(waiting, 10)
-            assert second is not None
-            assert second.token > lease.token
-            await asyncio.wait_for(lease.wait_lost(), 10)
-            with pytest.raises(LeaseLostError):
-                lease.check()
-            await lease.release()
-            assert await there.is_held_by("key", "you")
+    async with AsyncExitStack() as stack:
+        here, there = [
+            await stack.enter_async_context(RedisLockManager(own_redis.url, lease_seconds=3))
+            for _ in range(2)
+        ]
+        lease = await here.acquire("key", "me")
+        assert lease is not None
+        waiting = asyncio.create_task(there.acquire("key", "you"))
+        await subscribers(own_redis, 1)
+        await asyncio.to_thread(own_redis.restart)
+        second = await asyncio.wait_for(waiting, 10)
+        assert second is not None
+        assert second.token > lease.token
+        await asyncio.wait_for(lease.wait_lost(), 10)
+        with pytest.raises(LeaseLostError):
+            lease.check()
+        await lease.release()
+        assert await there.is_held_by("key", "you")
 
 
 async def test_paused_server(own_redis: RedisServer) -> None:

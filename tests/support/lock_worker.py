@@ -11,6 +11,8 @@ import asyncio
 import os
 import random
 import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from onceflow.locking import LockManager, RedisLockManager, StorageLockManager, lock_manager_from_url
 
@@ -67,9 +69,16 @@ async def wait(manager: LockManager, key: str, tasks: str) -> None:
     print("done", flush=True)
 
 
+COMMANDS: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
+    "hold": hold,
+    "contend": contend,
+    "wait": wait,
+}
+
+
 async def main(url: str, command: str, *arguments: str) -> None:
     async with lock_manager_from_url(url) as manager:
-        await {"hold": hold, "contend": contend, "wait": wait}[command](manager, *arguments)
+        await COMMANDS[command](manager, *arguments)
 
 
 if __name__ == "__main__":
