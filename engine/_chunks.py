@@ -10,9 +10,9 @@ from ..storage import StorageError
 from ..storage._weight import weigh
 from ._caching import Call, commit, look_up_value
 from ._context import new_id
-from ._intents import ANY
 from ._logging import logger
 from ._records import Facts, Hit
+from ._steps import ABSENT, ANY
 
 CHUNK = 1024 * 1024
 """Bytes, roughly, after which a chunk is written."""
@@ -45,7 +45,7 @@ class ChunkWriter:
             facts = Facts(run.id, self._call.definition.name)
             prepared = await run.engine.records.prepare(place, key, values, facts)
             self._keys.append(key)
-            await run.engine.records.write(prepared)
+            await run.engine.records.write(prepared, expect=ABSENT)
         except (StorageError, OSError) as error:
             self._is_broken = True
             logger.warning(

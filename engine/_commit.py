@@ -1,4 +1,4 @@
-"""The shell of the transaction protocol: carries out the steps of `_intents` on real storages."""
+"""The shell of the transaction protocol: carries out the steps of `_protocol` on real storages."""
 
 from __future__ import annotations
 
@@ -7,44 +7,90 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from ..storage import ConditionFailedError, ObjectNotFoundError, Storage
-from ._intents import ABSENT, ANY, Conflict, Found, Put, Read, Remove, Step, Steps, Visible, Wait, Where
+from ._intents import Keys, Member, Writer
+from ._protocol import commit
+from ._steps import (
+    ABSENT,
+    ANY,
+    Ask,
+    Conflict,
+    Found,
+    Put,
+    Read,
+    Remove,
+    Step,
+    Steps,
+    Together,
+    Visible,
+    Where,
+)
 
+T = TypeVar("T")
 LEASE = 30.0
 """Seconds that an undecided transaction is left alone, from when an observer first saw it."""
+_PER_MEMBER = 1.0
+_PER_MIB = 1.0
+"""Seconds more, because all of it is written between the primary's intent and the decision."""
+
+_under_way: set[str] = set()
+"""The transactions that this process commits at the moment: others that name it as their writer are abandoned."""
 
 
-@lru_cache(maxsize=1)
-def _this_process(pid: int) -> tuple[str, int, str]:
-    return socket.gethostname(), pid, _started(pid) or ""
+# --- which process
 
 
-def this_process() -> tuple[str, int, str]:
-    """Host, process id and start of the process, by which another process of this host sees whether it lives."""
-    return _this_process(os.getpid())
+@lru_cache(maxsize=4)
+def _process(pid: int) -> tuple[str, str, int, str]:
+    status = _status(pid)
+    return socket.gethostname(), _pid_space(), pid, status[1] if status is not None else ""
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this host started, in the kernel's ticks; None where that cannot be told."""
+def this_process() -> tuple[str, str, int, str]:
+    """Host, space of process ids, process id and start: by these another process sees whether it lives."""
+    return _process(os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _pid_space() -> str:
+    """Which processes our ids are of: the machine's boot, and the container's namespace; "" for no telling."""
     try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+        space = os.open("/proc/self/ns/pid", os.O_RDONLY)
+        try:
+            inode = os.fstat(space).st_ino
+        finally:
+            os.close(space)
+        return f"{_content('/proc/sys/kernel/random/boot_id').decode().strip()} {inode}"
     except OSError:
-        return None
+        return ""
+
+
+def _content(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY)
     try:
-        # Field 22; the second one, the name in parentheses, may hold blanks.
-        return os.pread(fd, 4096, 0).rpartition(b")")[2].split()[19].decode()
+        return os.pread(fd, 4096, 0)
     finally:
         os.close(fd)
 
 
-def is_gone(owner: tuple[Any, ...]) -> bool:
-    """Whether a process is surely no longer there; False for another host's."""
-    host, pid, started = owner
-    if host != socket.gethostname():
+def _status(pid: int) -> tuple[str, str] | None:
+    """State and start (in the kernel's ticks) of a process here; None where that cannot be told."""
+    try:
+        # Fields 3 and 22; the second one, the name in parentheses, may hold blanks.
+        fields = _content(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return fields[0].decode(), fields[19].decode()
+    except (OSError, IndexError):
+        return None
+
+
+def is_gone(owner: Sequence[Any]) -> bool:
+    """Whether a process is surely no longer there; False for those that cannot be seen from here."""
+    host, space, pid, started = owner
+    if host != socket.gethostname() or space != _pid_space():
         return False
     try:
         os.kill(pid, 0)
@@ -52,7 +98,13 @@ def is_gone(owner: tuple[Any, ...]) -> bool:
         return True
     except OSError:
         return False
-    return bool(started) and _started(pid) not in (started, None)
+    status = _status(pid)
+    if status is None:
+        return False
+    return status[0] in "ZX" or (bool(started) and status[1] != started)
+
+
+# --- carrying out
 
 
 class Carrier:
@@ -70,7 +122,23 @@ class Carrier:
         self._clock = clock
         self._seen: dict[Where, tuple[str, float]] = {}
 
-    async def run(self, steps: Steps, visible: Callable[[], None] | None = None) -> Any:
+    async def commit(self, tx: str, members: Sequence[Member], keys: Keys) -> None:
+        """Make several records visible in one step.
+
+        Raises:
+            Refused, InDoubt, StorageError: See `_protocol.commit`.
+        """
+        size = sum(len(member.record) for member in members) + sum(
+            len(buffer) for member in members if member.value is not None for buffer in member.value[1]
+        )
+        lease = LEASE + _PER_MEMBER * len(members) + _PER_MIB * size / 2**20
+        _under_way.add(tx)
+        try:
+            await self.run(commit(Writer(tx, lease, this_process(), keys), members))
+        finally:
+            _under_way.discard(tx)
+
+    async def run(self, steps: Steps) -> Any:
         """Carry out steps to the end and return what they return; what they raise is raised."""
         answer: Any = None
         error: Exception | None = None
@@ -80,10 +148,6 @@ class Carrier:
             except StopIteration as stop:
                 return stop.value
             answer = error = None
-            if isinstance(step, Visible):
-                if visible is not None:
-                    visible()
-                continue
             try:
                 answer = await self._do(step)
             except ConditionFailedError:
@@ -92,39 +156,51 @@ class Carrier:
                 error = failure
 
     async def _do(self, step: Step) -> Any:
-        storage = self._storage_at(step.where[0])  # type: ignore[union-attr]
         match step:
-            case Read((_, key)):
+            case Read((url, key), limit):
                 try:
-                    stored = await storage.fetch(key)
+                    stored = await self._storage_at(url).fetch(key, 0, limit)
                 except ObjectNotFoundError:
                     return None
-                assert stored is not None
+                assert stored is not None  # None answers `unless` only
                 return Found(stored.data, stored.version)
-            case Put((_, key), data, expect):
+            case Put((url, key), data, expect):
+                storage = self._storage_at(url)
                 if expect is ANY:
                     return await storage.write(key, data)
                 if expect == ABSENT:
                     return await storage.write(key, data, if_absent=True)
                 return await storage.write(key, data, if_version=expect)
-            case Remove((_, key), expect):
+            case Remove((url, key), expect):
                 try:
-                    await storage.delete(key, if_version=expect)
+                    await self._storage_at(url).delete(key, if_version=expect)
                 except ConditionFailedError:
                     pass  # somebody has replaced it: there is nothing of ours to remove
-                return None
-            case Wait():
-                return await self._wait(step)
-        raise AssertionError(step)
+            case Ask(where, version, tx, lease, owner, wait):
+                if self.is_abandoned(where, version, tx, lease, owner):
+                    return True
+                if wait:
+                    await asyncio.sleep(random.uniform(0.005, 0.05))
+                return False
+            case Together(ways):
+                return await self._together(ways)
+            case Visible():
+                pass
+        return None
 
-    async def _wait(self, step: Wait) -> bool:
-        if self.is_abandoned(step.where, step.version, step.lease, step.owner):
-            return True
-        await asyncio.sleep(random.uniform(0.005, 0.05))
-        return False
+    async def _together(self, ways: Sequence[Steps]) -> list[Any]:
+        if len(ways) == 1:
+            return [await self.run(ways[0])]
+        outcomes = await asyncio.gather(*map(self.run, ways), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return outcomes
 
-    def is_abandoned(self, where: Where, version: str, lease: float, owner: tuple[Any, ...]) -> bool:
-        """Whether an undecided transaction's writer is dead, or has been silent for its lease."""
+    def is_abandoned(self, where: Where, version: str, tx: str, lease: float, owner: Sequence[Any]) -> bool:
+        """Whether a transaction's writer is dead, has given up, or has been silent for its lease."""
+        if tuple(owner) == this_process():
+            return tx not in _under_way
         if is_gone(owner):
             return True
         seen, since = self._seen.get(where, ("", 0.0))
@@ -137,7 +213,7 @@ class Carrier:
         return now - since > lease * 1.1 + 0.2
 
 
-async def uncancelled(work: Any) -> Any:
+async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine as a task of its own to its end, whatever is cancelled meanwhile; then pass the cancellation on.
 
     anyio's shield is cut through by a second native cancel and by `asyncio.wait_for`; an owned task is not.

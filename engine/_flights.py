@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..locking import LockTimeoutError
 from ._context import Run
 from ._errors import DeadlockError
-from ._intents import Where
+from ._steps import Where
 
 if TYPE_CHECKING:
     from ._transaction import transaction

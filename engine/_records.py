@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 from ..storage import ObjectNotFoundError, Storage, storage_from_url
@@ -21,29 +22,19 @@ from ..storage._errors import (
     CorruptRecordError,
     PickleRefusedError,
     StorageError,
+    VersionMismatchError,
 )
 from ..storage._serializers import Serializer, decode, uses_pickle
 from ..storage._storage import Buffer, Stored
 from ..storage._weight import is_heavy
-from ._commit import LEASE, Carrier, this_process
+from ._commit import Carrier
 from ._context import new_id
 from ._failures import Failures
 from ._flights import Served
-from ._intents import (
-    ABSENT,
-    ANY,
-    Found,
-    Member,
-    Refused,
-    Writer,
-    clear,
-    commit,
-    committed_before,
-    effective,
-    parse,
-    replace_one,
-)
+from ._intents import OWN, Member, value_of
 from ._logging import logger
+from ._protocol import plain, read, remove_one, replace_one
+from ._steps import ABSENT, ANY, Found, Refused, Where
 
 T = TypeVar("T")
 FIRST = 128 * 1024
@@ -54,6 +45,11 @@ PAUSES = (0.01, 0.04, 0.16)
 """Seconds before each further read of a value that is not visible yet."""
 SETTLED = 60.0
 """Seconds after which a value that is not there is not late, but gone."""
+RACES = 20
+"""How often a record may be replaced while it is read, until it counts as unreadable."""
+LARGE = 128 * 1024
+"""Bytes from which on a transaction lets a value lie apart, so that intents stay small; a hit then costs the two
+reads that it costs anyway."""
 SHAREABLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
@@ -85,15 +81,11 @@ class Hit(NamedTuple):
 
 class Miss(NamedTuple):
     """No record that may be served, and why. `version` is what lies there all the same, for a conditional write:
-    ABSENT for nothing, CONTENDED for a transaction's intent, ANY where nobody knows."""
+    ABSENT for nothing, ANY where nobody knows, as behind a transaction's intent."""
 
     reason: str
     header: Header | None = None
     version: str | None = ANY
-
-
-CONTENDED = "contended"
-"""No object's version: a write that expects it fails, and then waits for the transaction that has the key."""
 
 
 @dataclass(slots=True)
@@ -118,6 +110,15 @@ class Prepared(NamedTuple):
     segments: Sequence[Buffer]
     original: Any
 
+    def snapshot(self) -> Prepared:
+        """The same with buffers of its own: those of the encoding may be views of what the caller goes on to change."""
+        head = bytes(self.record[0])
+        payload = memoryview(b"".join(self.record[1:] if self.value is None else self.value))
+        segments = [payload[start:end] for start, end in self.header.ranges()]
+        if self.value is None:
+            return self._replace(record=[head, payload], segments=segments)
+        return self._replace(record=[head], value=[payload], segments=segments)
+
 
 class Records(Failures):
     """Looks records up and commits them.
@@ -141,79 +142,99 @@ class Records(Failures):
         self._offload = offload
         self._carrier = Carrier(storage_at)
         self._clock = clock
-        self._signing_keys = tuple(signing_keys)
+        self.signing_keys = tuple(signing_keys)
         self._allow_pickle = allow_pickle
         self._warned: set[tuple[str, str, str]] = set()
 
     def trust(self, signing_keys: Sequence[bytes], allow_pickle: bool) -> None:
         """From now on sign with the first key, verify with all, and let pickled values travel or not."""
-        self._signing_keys = tuple(signing_keys)
+        self.signing_keys = tuple(signing_keys)
         self._allow_pickle = allow_pickle
 
     # --- look-up
 
-    async def lookup(self, place: Place, key: str) -> Hit | Miss:
+    async def lookup(self, place: Place, key: str, *, exclusive: bool = False) -> Hit | Miss:
         """The committed record under `key`, or why there is none to serve.
 
         Costs one read of the record's storage, and one more of the result storage where the value lies apart
         or the record is larger than 128 KiB; a miss is decided by the header alone. Never raises for what it
         reads: a record that cannot be used is a miss with one warning.
+
+        Args:
+            place: Where it lies.
+            key: Which.
+            exclusive: The caller holds the key: a transaction that is about to commit it is waited for, so
+                that the version of a miss is one that the caller's own commit may insist on.
         """
         try:
-            return await self._read(place, key)
+            for _ in range(RACES):
+                try:
+                    return await self._read(place, key, exclusive)
+                except ConditionFailedError:
+                    continue  # replaced between two reads: somebody has committed
+            return await self._read(place, key, exclusive)
         except ObjectNotFoundError:
             return Miss("no record", None, ABSENT)
         except Exception as error:  # a storage of the user's own may raise anything
             self._warn(place.records, key, error)
-            return Miss("record unreadable")
+            # To write it if it is absent is worth a try: where that is wrong, the commit finds out.
+            return Miss("record unreadable", None, ANY if exclusive else ABSENT)
 
-    async def _read(self, place: Place, key: str) -> Hit | Miss:
+    async def _read(self, place: Place, key: str, exclusive: bool) -> Hit | Miss:
         records = place.records
         stored = await records.fetch(key, 0, FIRST)
         assert stored is not None  # None answers `unless` only
-        version = stored.version
+        version: str | None = stored.version
         try:
-            if header_size(stored.data) > len(stored.data) < stored.size:
-                whole = await records.fetch(key, 0, header_size(stored.data), if_version=version)
-                assert whole is not None
-                stored = whole
-            header, offset = unpack_header(stored.data, signing_keys=self._signing_keys)
-            if header.kind in ("intent", "claim"):
+            beginning = await self._whole_header(records, key, stored)
+            header, offset = unpack_header(beginning, signing_keys=self.signing_keys)
+            if header.kind in ("intent", "claim", "free"):
+                if exclusive and header.kind == "intent":
+                    await self.wait_for_outcome((records.url, key))
+                    return await self._read(place, key, exclusive)
                 stored = await self._behind(records, key, stored)
-                version = CONTENDED if header.kind == "intent" else version
+                version = _expected(header, stored.version)
                 if not stored.data:
-                    return Miss("no record", None, version)
-                header, offset = unpack_header(stored.data, signing_keys=self._signing_keys)
+                    return Miss("no record", header, version)
+                header, offset = unpack_header(stored.data, signing_keys=self.signing_keys)
             if header.key != key:
                 raise CorruptRecordError(f"it belongs to the key {header.key!r}")
             refusal = self._refusal(place, header)
             if refusal is not None:
                 return Miss(refusal, header, version)
-            if header.location is not None:
-                value = await self._read_apart(place, header)
+            if header.location is not None and stored.size == offset:
+                value = await self._read_apart(place, header, key, stored.version)
             else:
                 value = await self._read_payload(place, header, stored, offset)
+        except ConditionFailedError:
+            raise
         except StorageError as error:
             self._warn(records, key, error)
             return Miss("record unreadable", None, version)
-        return Hit(value, header, version)
+        return Hit(value, header, stored.version)
+
+    async def _whole_header(self, storage: Storage, key: str, stored: Stored) -> Buffer:
+        """The object's beginning, at least up to the end of its header."""
+        size = header_size(stored.data)
+        if size <= len(stored.data) or len(stored.data) >= stored.size:
+            return stored.data
+        whole = await storage.fetch(key, 0, size, if_version=stored.version)
+        assert whole is not None
+        return whole.data
 
     async def _behind(self, storage: Storage, key: str, stored: Stored) -> Stored:
-        """What an intent or a claim stands for: the record that readers are to see, whole; no bytes for none."""
+        """The record that readers are to see in place of an intent, a claim or a grave, whole; no bytes for none."""
         if len(stored.data) < stored.size:
             whole = await storage.fetch(key, if_version=stored.version)
             assert whole is not None
             stored = whole
-        where = (storage.url, key)
-        intent = parse(stored.data, self._signing_keys)
-        if intent is None:
-            data = committed_before(stored.data, self._signing_keys)
-        else:
-            found = Found(stored.data, stored.version)
-            data = await self._carrier.run(effective(where, found, intent, self._signing_keys))
-            if self._carrier.is_abandoned(where, stored.version, intent.lease, intent.owner):
-                await self._carrier.run(clear(where, found, intent, self._signing_keys))
+        found = Found(stored.data, stored.version)
+        data = await self._carrier.run(read((storage.url, key), found, self.signing_keys))
         return Stored(data, stored.version, len(data))
+
+    async def wait_for_outcome(self, where: Where) -> None:
+        """Return when no transaction is about to commit this object; an abandoned one is ended."""
+        await self._carrier.run(plain(where, self.signing_keys))
 
     def _refusal(self, place: Place, header: Header) -> str | None:
         """Why a sound record may not be served."""
@@ -262,12 +283,22 @@ class Records(Failures):
         await storage.fetch(header.key, start, end, if_version=first.version, into=segment)
         return segment
 
-    async def _read_apart(self, place: Place, header: Header) -> Any:
-        """The value at the location that the record names."""
-        stored = await self._fetch_value(place.storage, header)
-        if stored.size <= LEAVES_LOOP:
-            return self._decode_payload(place, header, stored.data)
-        return await self._offload(self._decode_payload, place, header, stored.data)
+    async def _read_apart(self, place: Place, header: Header, key: str, version: str) -> Any:
+        """The value at the location that the record names.
+
+        Raises:
+            VersionMismatchError: It is not the record's, because the record has been replaced since.
+        """
+        try:
+            stored = await self._fetch_value(place.storage, header)
+            if stored.size <= LEAVES_LOOP:
+                return self._decode_payload(place, header, stored.data)
+            return await self._offload(self._decode_payload, place, header, stored.data)
+        except CorruptRecordError:
+            current = await place.records.stat(key)
+            if current is not None and current.version != version:
+                raise VersionMismatchError(key, place.records.url, version) from None
+            raise
 
     async def _fetch_value(self, storage: Storage, header: Header) -> Stored:
         """The object at the record's location. A young one that is not visible yet is asked for again, thrice."""
@@ -305,22 +336,29 @@ class Records(Failures):
 
     # --- commit
 
-    async def prepare(self, place: Place, key: str, value: Any, facts: Facts) -> Prepared:
+    async def prepare(
+        self, place: Place, key: str, value: Any, facts: Facts, *, apart_from: float = inf
+    ) -> Prepared:
         """The record for a value, encoded and packed, not written yet.
+
+        Values of `apart_from` bytes and more lie apart from their record, wherever that lies.
 
         Raises:
             SerializationError: The serializer cannot carry the value.
             PickleRefusedError: It would have to be pickled, and the storage is shared.
         """
         if is_heavy(value):
-            prepared: Prepared = await self._offload(self._prepare, place, key, value, facts)
+            prepared: Prepared = await self._offload(self.prepare_now, place, key, value, facts, apart_from)
             return prepared
-        return self._prepare(place, key, value, facts)
+        return self.prepare_now(place, key, value, facts, apart_from)
 
-    def _prepare(self, place: Place, key: str, value: Any, facts: Facts) -> Prepared:
+    def prepare_now(
+        self, place: Place, key: str, value: Any, facts: Facts, apart_from: float = inf
+    ) -> Prepared:
+        """As `prepare`, on the calling thread, whatever the value weighs."""
         encoded = place.serializer.encode(value)
         if uses_pickle(encoded.serializer):
-            self._check_pickle(place, type(value).__qualname__, bool(self._signing_keys))
+            self._check_pickle(place, type(value).__qualname__, bool(self.signing_keys))
         header = Header(
             key=key,
             created=self._clock(),
@@ -331,76 +369,115 @@ class Records(Failures):
             components=facts.components,
             token=facts.token,
         )
-        if place.is_split:
+        size = sum(memoryview(segment).nbytes for segment in encoded.segments)
+        is_apart = place.is_split or size >= apart_from
+        if is_apart:
             header.location = place.location or new_id()
-        record = pack(header, encoded.segments, signing_keys=self._signing_keys)
-        if place.is_split:
+            header.extra = {} if place.location is not None else {OWN: True}
+        record = pack(header, encoded.segments, signing_keys=self.signing_keys)
+        if is_apart:
             return Prepared(key, place, header, record[:1], record[1:], encoded.segments, value)
         return Prepared(key, place, header, record, None, encoded.segments, value)
 
-    async def write(self, prepared: Prepared, *, expect: str | None = ANY, exclusive: bool = False) -> str:
+    async def write(
+        self,
+        prepared: Prepared,
+        *,
+        expect: str | None = ANY,
+        exclusive: bool = False,
+        replaces: Header | None = None,
+    ) -> str:
         """Make one prepared record visible; its new version.
 
         Written conditionally on what the look-up saw, so that it never covers a transaction that is about to
         commit. Meeting another record it replaces that one (the last commit wins), meeting an intent it waits
-        for the outcome. `exclusive` refuses instead: somebody else has held the key.
+        for the outcome. `exclusive` refuses instead: somebody else has held the key. A value that lies apart
+        and belongs to the replaced record is removed.
 
-        Costs one write, two where the value lies apart; two reads more in the rare conflict. Cancelled, it
-        leaves the old record or the new one, and at worst an unreferenced value.
+        Costs one write, two where the value lies apart; one read more where nobody has looked, and two in the
+        rare conflict. Cancelled, it leaves the old record or the new one, and at worst an unreferenced value.
+
+        Args:
+            prepared: From `prepare`.
+            expect: The version that the look-up saw, ABSENT for none; ANY where nobody has looked.
+            exclusive: Whether the caller holds the key.
+            replaces: The header that the look-up saw.
 
         Raises:
             Refused: `exclusive`, and the object is not what was seen.
             StorageError: The storage could not take it; the old record is untouched.
         """
-        storage = prepared.place.records
+        storage, key, record = prepared.place.records, prepared.key, prepared.record
         if prepared.value is not None:
             assert prepared.header.location is not None
             await prepared.place.storage.write(prepared.header.location, prepared.value)
+        replaced = replaces.location if replaces is not None and OWN in replaces.extra else None
         try:
             if expect is ANY:
-                return await storage.write(prepared.key, prepared.record)
-            if expect == ABSENT:
-                return await storage.write(prepared.key, prepared.record, if_absent=True)
-            return await storage.write(prepared.key, prepared.record, if_version=expect)
+                version, replaced = await self._replace(prepared)
+            elif expect == ABSENT:
+                version = await storage.write(key, record, if_absent=True)
+            else:
+                version = await storage.write(key, record, if_version=expect)
         except ConditionsUnsupportedError:
             if exclusive:
                 raise
-            return await storage.write(prepared.key, prepared.record)  # a store for READ_COMMITTED alone
+            return await storage.write(key, record)  # a store for READ_COMMITTED alone
         except ConditionFailedError:
-            where = (storage.url, prepared.key)
             if exclusive:
-                raise Refused(where, "another holder has written it") from None
-        version: str = await self._carrier.run(replace_one(where, prepared.record, self._signing_keys))
+                raise Refused((storage.url, key), "another holder has written it") from None
+            version, replaced = await self._replace(prepared)
+        if replaced is not None:
+            await self._drop_value(prepared.place.storage, replaced)
         return version
+
+    async def _replace(self, prepared: Prepared) -> tuple[str, str | None]:
+        """Write a record over whatever is committed; its version, and where the replaced one's value lies."""
+        place = prepared.place
+        where = (place.records.url, prepared.key)
+        version, beginning = await self._carrier.run(replace_one(where, prepared.record, self.signing_keys))
+        value = value_of(beginning, "", self.signing_keys) if beginning is not None else None
+        return version, value[1] if value is not None else None
+
+    async def _drop_value(self, storage: Storage, location: str) -> None:
+        try:
+            await storage.delete(location)
+        except (StorageError, OSError) as error:
+            logger.warning("The value %r of a replaced record stays in %s: %s", location, storage.url, error)
 
     def member(self, prepared: Prepared, expect: str | None, exclusive: bool) -> Member:
         """A prepared record as a member of a transaction."""
-        place = prepared.place
-        value = None
-        if prepared.value is not None:
-            assert prepared.header.location is not None
-            value = ((place.storage.url, prepared.header.location), prepared.value)
+        place, header = prepared.place, prepared.header
         where = (place.records.url, prepared.key)
-        return Member(where, b"".join(prepared.record), expect, exclusive, value=value)
+        record, value, moves_to = prepared.record, None, None
+        if prepared.value is not None:
+            assert header.location is not None
+            apart = (place.storage.url, header.location)
+            if OWN in header.extra:
+                value = (apart, prepared.value)
+            else:
+                record, moves_to = [*record, *prepared.value], apart
+        return Member(where, b"".join(record), expect, exclusive, value, moves_to, place.storage.url)
 
     async def commit_together(self, tx: str, members: Sequence[Member]) -> None:
-        """Make several records visible in one step; see `_intents` for the protocol and its guarantees.
+        """Make several records visible in one step; see `_protocol` for how, and what it guarantees.
 
         Raises:
-            Refused: Nothing is visible, and nothing is left behind.
-            StorageError: The same, unless the storage is out of reach: then whoever meets what is left ends it.
+            Refused: Nothing is visible.
+            InDoubt: All of it is visible or nothing, and the storage is out of reach.
+            StorageError: Nothing is visible. What is left is ended by whoever meets it.
         """
-        writer = Writer(tx, LEASE, this_process(), self._signing_keys)
-        await self._carrier.run(commit(writer, members))
+        await self._carrier.commit(tx, members, self.signing_keys)
 
-    def served(self, prepared: Prepared) -> Served:
+    def served(self, prepared: Prepared, *, is_snapshot: bool = False) -> Served:
         """The record for others to be served from, each with a value of its own."""
         header = prepared.header
         if type(prepared.original) in SHAREABLE:
             value: Any = prepared.original
             return Served(lambda: value, header.run_id, header.created)
-        # Buffers may be views of an array that the first caller goes on to change.
-        segments = [bytes(segment) for segment in prepared.segments]
+        segments = prepared.segments
+        if not is_snapshot:  # buffers may be views of an array that the first caller goes on to change
+            segments = [bytes(segment) for segment in segments]
         serializer = prepared.place.serializer
         return Served(
             lambda: decode(header.serializer, segments, using=serializer, imports=True),
@@ -409,20 +486,37 @@ class Records(Failures):
         )
 
     async def invalidate(self, place: Place, key: str) -> bool:
-        """Drop the record under `key` and the value it names; whether there was a record."""
-        location = None
-        if place.is_split:
-            try:
+        """Drop the record under `key` and the value it names; whether there was a record.
+
+        A transaction that is about to commit it is waited for, and dropped in turn. Costs one read, one write
+        and one delete, and another delete where the value lies apart.
+        """
+        where = (place.records.url, key)
+        fixed = None
+        try:
+            if place.location is not None:
                 header, _ = unpack_header(
-                    await place.records.read(key, 0, FIRST), signing_keys=self._signing_keys
+                    await place.records.read(key, 0, FIRST), signing_keys=self.signing_keys
                 )
-                location = header.location
-            except StorageError:
-                location = None  # an unreadable record names no value; the record itself goes below
-        dropped = await place.records.delete(key)
-        if location is not None:
-            await place.storage.delete(location)
+                fixed = header.location
+        except StorageError:
+            pass  # an unreadable record names no value; the record itself goes below
+        try:
+            dropped: bool = await self._carrier.run(remove_one(where, place.storage.url, self.signing_keys))
+        except ConditionsUnsupportedError:
+            dropped = await place.records.delete(key)
+        if fixed is not None:
+            await place.storage.delete(fixed)
         return dropped
+
+
+def _expected(header: Header, version: str) -> str | None:
+    """What a commit may insist on that follows a look at an intent, a claim or a grave."""
+    if header.kind == "intent":
+        return ANY  # it will be another one by then
+    if header.kind == "free" and header.serializer == "intent":
+        return ABSENT  # a transaction's grave is removed by who meets it; those of claims stay
+    return version
 
 
 def ago(seconds: float) -> str:

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ..locking import LockManager
 from ..storage import Storage, StorageError
-from . import _intents
 from ._commit import uncancelled
 from ._context import Run, current_run, current_transaction, new_id
 from ._engine import Engine, ambient, ambient_now, current_engine
 from ._errors import CommitError, ConfigurationError
 from ._flights import Flight, Served
-from ._intents import Refused, Where
+from ._claims import Claim
 from ._locks import Held, open_keyed
 from ._logging import logger
 from ._owning import cancel_all, finish
 from ._policies import IsolationLevel
 from ._records import Facts, Hit, Place, Prepared
+from ._steps import ANY, Refused, Where
 
 if TYPE_CHECKING:
     import os
@@ -89,7 +89,7 @@ class transaction:
         self.run: Run | None = None
         self.running: set[RunFuture[Any]] = set()
         self.failed: list[RunFuture[Any]] = []
-        self.held: list[Held] = []
+        self.held: list[Held | Claim] = []
         self.joins = True
         """Whether tasks inside stage their records here; a task's own transaction only carries its hooks."""
         self.is_savepoint = False
@@ -116,6 +116,11 @@ class transaction:
     @property
     def name(self) -> str:
         return f"transaction {self.key or self.id[-6:]!r}"
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that commits it."""
+        return self._engine
 
     @staticmethod
     def current() -> transaction | None:
@@ -341,6 +346,9 @@ class transaction:
         for held in self.held:
             if held.lost:
                 raise CommitError(held.flight.where[1], "its lease was lost before the commit")
+        for held in self.held:
+            if (mine := self._staged.get(held.flight.where)) is not None:
+                self._staged[held.flight.where] = mine._replace(expect=await held.settle(mine.expect))
         storages = {
             staged.prepared.place.records.url: staged.prepared.place.records
             for staged in self._staged.values()
@@ -385,7 +393,7 @@ class transaction:
         held, self.held = self.held, []
         for each in held:
             staged = self._staged.get(each.flight.where) if committed else None
-            await each.release()
+            await each.release(committed=staged is not None)
             self._engine.flights.finish(each.flight, staged.served if staged is not None else None)
         self.leads = 0
 
@@ -413,7 +421,7 @@ class transaction:
 
     # --- the transaction's own record
 
-    _expectation: tuple[str | None, bool] = (_intents.ANY, False)
+    _expectation: tuple[str | None, bool] = (ANY, False)
 
     def _own_key(self) -> str:
         assert self.key is not None
