@@ -18,6 +18,7 @@ from ._policies import (
 from ._settings import Settings
 from ._states import State, StateType
 from ._task import task
+from ._transaction import transaction
 
 __all__ = [
     "DEFAULT", "FLOW_PARAMETERS", "INPUTS", "NONE", "RUN_ID", "TASK_SOURCE", "CacheKeyError", "CachePolicy",
@@ -26,7 +27,7 @@ __all__ = [
     "RunCrashedError", "RunFailedError", "RunTimeoutError", "RunningLoopError", "Settings", "SettingsError",
     "State", "StateType", "TaskFuture", "UncacheableInputError", "UnfinishedRunError", "UpstreamFailedError",
     "allow_failure", "as_completed", "flow", "get_run_context", "get_run_logger", "quote", "tags", "task",
-    "unmapped", "wait",
+    "transaction", "unmapped", "wait",
 ]  # fmt: skip
 
 for _name in __all__:

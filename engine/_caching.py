@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+from ..locking import LockManager, StorageLockManager
 from . import _policies
+from ._claims import Claim, claim
 from ._commit import uncancelled
 from ._context import FlowRun, TaskRun
 from ._engine import storage_key
@@ -22,7 +24,6 @@ from ._steps import Refused, Where
 from ._transaction import Staged
 
 if TYPE_CHECKING:
-    from ..locking import LockManager
     from ._definition import Definition
 
 Attempts = Callable[[Any, Any], Awaitable[None]]
@@ -178,14 +179,16 @@ async def _never(run: Any, definition: Any) -> None:
     raise AssertionError("an explanation runs nothing")
 
 
-async def _look_up(call: Call) -> Miss | None:
-    """Serve the run from its record; the miss where there is none."""
+async def _look_up(call: Call, *, exclusive: bool = False) -> Miss | None:
+    """Serve the run from its record; the miss where there is none. `exclusive` says that the run holds the key."""
     run = call.run
-    if call.refresh:
+    assert call.key.text is not None
+    if call.refresh and not exclusive:
         run.reason = "ran: refresh was asked for"
         return Miss("refresh was asked for")
-    assert call.key.text is not None
-    found = await run.engine.records.lookup(call.place, call.key.text)
+    found = await run.engine.records.lookup(call.place, call.key.text, exclusive=exclusive)
+    if call.refresh:  # under the lock the commit insists on what is to be replaced
+        return Miss("refresh was asked for", found.header, found.version)
     if isinstance(found, Miss):
         await _note_reason(call, found)
         return found
@@ -227,15 +230,17 @@ async def _lead(call: Call, manager: LockManager, flight: Flight, timeout: float
     """The leader's way: look up, acquire, look up again, run, commit with the token, release, wake."""
     run = call.run
     served: Served | None = None
-    held: Held | None = None
+    held: Held | Claim | None = None
     run.leads += 1
     try:
         miss = await _look_up(call)
-        if miss is None:
-            served = _as_served(call)
-            return
-        held = await hold(run, flight, manager, timeout)
-        miss = await _look_up(call)
+        if miss is not None and _claims_in_record(manager, call):
+            held = await claim(call, flight, miss, manager.lease_seconds, timeout)
+            if held is None:  # committed by another process in between
+                miss = await _look_up(call)
+        elif miss is not None:
+            held = await hold(run, flight, manager, timeout)
+            miss = await _look_up(call, exclusive=True)
         if miss is None:
             served = _as_served(call)
             return
@@ -247,11 +252,16 @@ async def _lead(call: Call, manager: LockManager, flight: Flight, timeout: float
             _keep_for_outcome(run, flight, held, served)
         else:
             if held is not None:
-                await uncancelled(held.release())
+                await uncancelled(held.release(committed=served is not None))
             run.engine.flights.finish(flight, served)
 
 
-def _keep_for_outcome(run: TaskRun | FlowRun, flight: Flight, held: Held, served: Served) -> None:
+def _claims_in_record(manager: LockManager, call: Call) -> TypeGuard[StorageLockManager]:
+    """Whether the locks lie where the records do, so that one object is lock, fence and record."""
+    return isinstance(manager, StorageLockManager) and manager.storage.url == call.place.records.url
+
+
+def _keep_for_outcome(run: TaskRun | FlowRun, flight: Flight, held: Held | Claim, served: Served) -> None:
     """In a transaction the key stays held until the outcome; who waits inside the block is served by what is staged."""
     txn = run.transaction
     assert txn is not None
@@ -348,7 +358,7 @@ async def _key_of(run: TaskRun | FlowRun, policy: CachePolicy) -> Key:
 # --- the commit
 
 
-async def commit(call: Call, expect: str | None, held: Held | None = None) -> Served | None:
+async def commit(call: Call, expect: str | None, held: Held | Claim | None = None) -> Served | None:
     """Write the record of a completed run, or stage it in the open transaction; what others may be served from.
 
     What goes wrong is a warning: the task's value is never lost by it. In a transaction it breaks the block.
@@ -380,6 +390,8 @@ async def commit(call: Call, expect: str | None, held: Held | None = None) -> Se
             return served
         if held is not None and held.lost:
             raise Refused(call.where, "its lease was lost")
+        if held is not None:
+            expect = await held.settle(expect)
         await records.write(prepared, expect=expect, exclusive=held is not None)
     except Refused as error:
         await _yield_to_winner(call, error)

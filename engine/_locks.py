@@ -34,7 +34,11 @@ class Held:
     def token(self) -> int | None:
         return self._lease.token
 
-    async def release(self) -> None:
+    async def settle(self, expect: str | None) -> str | None:
+        """The version that the commit replaces: what was seen when the key was looked up under the lock."""
+        return expect
+
+    async def release(self, *, committed: bool = False) -> None:
         """Free the key; where the lock server cannot be reached, its lease ends by itself."""
         try:
             await self._lease.release()
