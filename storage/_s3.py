@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from typing import Any, cast
 
 from ._data import buffers_of, clip
 from ._errors import (
@@ -22,7 +22,9 @@ from ._s3_probe import Conditions, Place
 from ._s3_put import Absent, Contradiction, Refused, Same, put
 from ._s3_read import Read
 from ._s3_version import Version
-from ._storage import Data, Stat, Storage, Stored
+from ._storage import Buffer, Data, Stat, Storage, Stored
+
+Buffers = Buffer | Sequence[Buffer]
 
 _TRIES = 3
 
@@ -82,7 +84,7 @@ class S3Storage(Storage):
         self._root = f"{options.prefix}/" if options.prefix else ""
         endpoint = Endpoint(
             endpoint_url, region_name, addressing_style, checksums, max_connections,
-            connect_timeout=min(3.0, timeout / 3), read_timeout=min(10.0, timeout / 3),
+            connect_timeout=min(3.0, timeout / 3), read_timeout=timeout / 3,
         )  # fmt: skip
         where = endpoint_url or "AWS S3"
         self._bucket = Bucket(bucket, self._url, Clients(endpoint, self._url), float(timeout), where)
@@ -139,10 +141,21 @@ class S3Storage(Storage):
         name = self._name(key)
         if if_absent and if_version is not None:
             raise ValueError("A write is only-if-absent or only-if-version, never both. Leave one out.")
+        parts: AsyncIterator[bytes] | None = None
+        if isinstance(data, AsyncIterable):
+            parts = gather(data, self._options.part_size)
+            first = await anext(parts)
+            if len(first) < self._options.part_size:
+                data, parts = first, None  # a small one is a buffer like any other, and can be sent again
+            else:
+                parts = _after(first, parts)
+            del first
         for _ in range(_TRIES):
             condition = self._condition(if_absent, if_version)
             try:
-                return str(await self._write(key, name, data, condition))
+                if parts is not None:
+                    return str(await self._write_stream(key, name, parts, condition))
+                return str(await self._write_buffers(key, name, cast("Buffers", data), condition))
             except Refused:
                 if if_version is not None:
                     raise VersionMismatchError(key, self._url, if_version) from None
@@ -155,43 +168,38 @@ class S3Storage(Storage):
                 answer = missing  # a finished or aborted upload is made again
             except Answer as odd:
                 raise self._odd("write", key, odd) from odd
-            if isinstance(data, AsyncIterable):
+            if parts is not None:
                 break  # it cannot be read twice
         raise self._odd("write", key, answer) from answer
 
-    async def _write(self, key: str, name: str, data: Data, condition: Absent | Same | None) -> Version:
-        part_size = self._options.part_size
-        if not isinstance(data, AsyncIterable):
-            buffers = buffers_of(data)
-            size = sum(map(len, buffers))
-            if size <= part_size or not await self._may_be_parts(condition):
-                body = data if isinstance(data, bytes) else b"".join(buffers)
-                return await put(self._bucket, self._bucket.deadline("write", key), name, body, condition)
-            parts = cut(buffers, part_size_for(size, part_size))
-        else:
-            parts = gather(data, part_size)
-            first = await anext(parts)
-            if len(first) < part_size:
-                return await put(self._bucket, self._bucket.deadline("write", key), name, first, condition)
-            if not await self._may_be_parts(condition):
-                request = (
-                    "CompleteMultipartUpload with a condition; a streamed object needs it, buffers do not"
-                )
-                raise ConditionsUnsupportedError(self._url, request)
-            parts = _after(first, parts)
-        await self._refuse_early(key, name, condition)
-        return await Upload(self._bucket, key, name, self._options.concurrency, condition).run(parts)
+    async def _write_buffers(
+        self, key: str, name: str, data: Buffers, condition: Absent | Same | None
+    ) -> Version:
+        buffers, part_size = buffers_of(data), self._options.part_size
+        size = sum(map(len, buffers))
+        if size <= part_size or (condition is not None and not await self._conditions.multipart_honoured()):
+            body = data if isinstance(data, bytes) else b"".join(buffers)
+            return await put(self._bucket, self._bucket.deadline("write", key), name, body, condition)
+        return await self._write_parts(key, name, cut(buffers, part_size_for(size, part_size)), condition)
 
-    async def _may_be_parts(self, condition: Absent | Same | None) -> bool:
-        return condition is None or await self._conditions.multipart_honoured()
+    async def _write_stream(
+        self, key: str, name: str, parts: AsyncIterator[bytes], condition: Absent | Same | None
+    ) -> Version:
+        if condition is not None and not await self._conditions.multipart_honoured():
+            request = "CompleteMultipartUpload with a condition; a streamed object needs it, buffers do not"
+            raise ConditionsUnsupportedError(self._url, request)
+        return await self._write_parts(key, name, parts, condition)
 
-    async def _refuse_early(self, key: str, name: str, condition: Absent | Same | None) -> None:
-        # A condition is judged when all parts are there. One HEAD may save them all.
+    async def _write_parts(
+        self, key: str, name: str, parts: AsyncIterator[bytes], condition: Absent | Same | None
+    ) -> Version:
         if condition is not None:
+            # A condition is judged when all parts are there. One HEAD may save them all.
             found = await self._bucket.head(self._bucket.deadline("write", key), name)
             current = None if found is None else Version.of(found)
             if not condition.holds(current):
                 raise Refused(current)
+        return await Upload(self._bucket, key, name, self._options.concurrency, condition).run(parts)
 
     async def stat(self, key: str) -> Stat | None:
         """See `Storage.stat`. One HEAD."""

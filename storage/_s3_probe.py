@@ -61,7 +61,8 @@ class Conditions:
     async def ensure(self) -> None:
         """Return if conditional PUTs are honoured. The first time about 20 small requests, then none.
 
-        Cancelled, it removes its objects and leaves the question open.
+        Cancelled, it leaves the question open and removes its objects, but for one that arrives later still;
+        listings do not show them.
 
         Raises:
             ConditionsUnsupportedError: They are not; it names the request.

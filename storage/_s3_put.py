@@ -95,19 +95,24 @@ async def decide(
         StorageUnavailableError: Nothing was decided until the deadline; the write may have taken place.
     """
     while True:
+        answer: Answer
         try:
             response = await send()
         except Unsupported as honest:
             raise ConditionsUnsupportedError(bucket.storage, f"it answered {honest.reason}") from honest
         except Unknown as unknown:
-            answer: Answer = unknown
+            answer = unknown
             if condition is None:
                 await deadline.pause(unknown)
                 continue
         except (Changed, Missing) as refusal:
             answer = refusal
         else:
-            return Version(Version.of(response).etag, marks)
+            version = Version(Version.of(response).etag, marks)
+            if version.etag:
+                return version
+            # Ceph RGW, asked to complete an upload that it has completed, says yes without an entity tag.
+            answer = Unknown("success without an entity tag")
         current = await _current(bucket, deadline, name)
         if current is not None and marks[0] in current.marks:
             return current if marks[0] == current.marks[0] else passed(marks)

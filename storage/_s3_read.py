@@ -208,7 +208,7 @@ class _Parts:
                 deadline = self._bucket.deadline("read", "")
                 async with asyncio.timeout_at(deadline.attempt()) as timer:
                     await _fill_exactly(target, body, deadline, timer)
-            except Exception:  # noqa: BLE001 - whatever broke the stream: the range is asked for, and tells
+            except Exception:  # whatever broke the stream: the range is asked for, and tells
                 self._todo.appendleft((start, end))
                 break
             position = end

@@ -69,6 +69,8 @@ async def uploads(storage: S3Storage) -> list[str]:
 
 async def test_each_small_operation_is_the_fewest_requests(bucket: S3Storage, proxy: FaultProxy) -> None:
     """A write is one PUT, a read one GET, a stat one HEAD, a listing one GET; conditions add nothing."""
+    await bucket.ensure_conditional()  # once a process, and not counted here
+    proxy.reset_counts()
     version = await bucket.write("key", b"value")
     assert proxy.counts == {"PUT": 1}
     proxy.reset_counts()
@@ -252,6 +254,7 @@ async def test_a_large_object_is_asked_for_once(bucket: S3Storage, proxy: FaultP
     """The first answer reads on from the front and ranges fill from the back: no part is requested twice."""
     data = os.urandom(4 * PART)
     await bucket.write("large", data)
+    assert proxy.counts.pop("HEAD", 0) <= 1  # Ceph RGW completes without telling the entity tag
     assert proxy.counts == {"POST": 2, "PUT": 4}
     proxy.reset_counts()
     target = bytearray(len(data) + 5)
@@ -284,10 +287,12 @@ async def test_large_conditional_writes(bucket: S3Storage) -> None:
     version = await bucket.write("key", old, if_absent=True)
     with pytest.raises(ObjectExistsError):
         await bucket.write("key", new, if_absent=True)
+    # Some stores, such as Ceph RGW 16, judge conditions of a PUT only: there a stream would be refused.
+    in_parts = await bucket._conditions.multipart_honoured()
     with pytest.raises(VersionMismatchError):
-        await bucket.write("key", chunks(new, MIB), if_version="0" * 32)
+        await bucket.write("key", chunks(new, MIB) if in_parts else new, if_version="0" * 32)
     assert await bucket.read("key") == old
-    await bucket.write("key", chunks(new, MIB), if_version=version)
+    await bucket.write("key", chunks(new, MIB) if in_parts else new, if_version=version)
     assert await bucket.read("key") == new
     assert await uploads(bucket) == []
 
@@ -355,6 +360,7 @@ async def test_a_large_read_is_of_one_version(bucket: S3Storage, proxy: FaultPro
 
             proxy.rewrite = replace
             reading = asyncio.create_task(bucket.fetch("key", if_version=version if condition else None))
+            reading.add_done_callback(lambda _, replaced=replaced: replaced.set())  # type: ignore[misc]
             replacing = asyncio.create_task(_after(replaced, plain, after))
             done = await asyncio.gather(reading, replacing, return_exceptions=True)
             if condition and isinstance(done[0], BaseException):
@@ -382,7 +388,7 @@ async def source():
         yield piece
 
 async def main():
-    async with S3Storage(bucket, prefix, endpoint_url=url, concurrency=4, timeout=120) as storage:
+    async with S3Storage(bucket, prefix, endpoint_url=url, concurrency=4, timeout=180) as storage:
         await storage.write("warm", b"")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         version = await storage.write("large", source())

@@ -97,12 +97,10 @@ async def writing_large(storage: S3Storage) -> Act:
     return lambda: storage.write("key", LARGE), str, LARGE
 
 
-async def replacing_large(
-    storage: S3Storage,
-) -> Act:
+async def replacing_large(storage: S3Storage) -> Act:
     version = await storage.write("key", OLD)
-    await storage._conditions.multipart_honoured()
-    return lambda: storage.write("key", chunks(LARGE), if_version=version), str, LARGE
+    in_parts = await storage._conditions.multipart_honoured()  # where not, as on Ceph RGW 16, it is one PUT
+    return lambda: storage.write("key", chunks(LARGE) if in_parts else LARGE, if_version=version), str, LARGE
 
 
 async def looking(storage: S3Storage) -> Act:
@@ -187,7 +185,9 @@ async def test_one_fault_is_overcome(
 def _at_the_completion(fault: Fault) -> Callable[[Request], Fault | None]:
     armed = [fault]
     return lambda request: (
-        armed.pop() if armed and request.method == "POST" and "uploadId" in request.path else None
+        armed.pop()
+        if armed and ("if-match" in request.headers and request.method in ("PUT", "POST"))
+        else None
     )
 
 
@@ -322,22 +322,6 @@ async def test_one_winner_among_faults(bucket: S3Storage, proxy: FaultProxy) -> 
         won = [body for body, end in zip(bodies, ends, strict=True) if isinstance(end, str)]
         assert [type(end) for end in ends if not isinstance(end, str)] == [ObjectExistsError] * 7
         assert [await bucket.read(f"key{number}")] == won
-
-
-async def test_a_store_that_ignores_conditions_of_reads(bucket: S3Storage, proxy: FaultProxy) -> None:
-    """`unless` and `if_version` of a read hold also where the store does not know If-None-Match."""
-
-    def forget_the_condition(request: Request) -> None:
-        request.headers.pop("if-none-match", None)
-
-    version = await bucket.write("key", OLD)
-    proxy.rewrite = forget_the_condition
-    assert await bucket.fetch("key", unless=version) is None
-    stored = await bucket.fetch("key", unless="other")
-    assert stored is not None
-    assert stored.data == OLD
-    with pytest.raises(VersionMismatchError):
-        await bucket.fetch("key", if_version="other")
 
 
 # Errors that say what to do

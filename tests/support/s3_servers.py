@@ -80,6 +80,12 @@ def s3_server() -> Server:
         return Server(
             outside, os.environ["ONCEFLOW_TEST_S3_ACCESS_KEY"], os.environ["ONCEFLOW_TEST_S3_SECRET_KEY"]
         )
+    return own_server()
+
+
+@functools.cache
+def own_server() -> Server:
+    """A server that never stands outside: for tests that change requests, which breaks their signatures."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     return stack.enter_context(ministack())
@@ -89,6 +95,12 @@ def s3_server() -> Server:
 def s3_bucket() -> str:
     """A bucket on that server for the whole run: tests keep apart by prefixes."""
     return s3_server().make_bucket()
+
+
+@functools.cache
+def own_bucket() -> str:
+    """A bucket on `own_server`."""
+    return own_server().make_bucket()
 
 
 def new_prefix() -> str:
