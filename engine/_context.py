@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ._flights import Flight
     from ._flow import Flow
     from ._futures import RunFuture
+    from ._limits import Hold, Slots
     from ._task import Task
     from ._transaction import transaction
 
@@ -53,6 +54,10 @@ class Run(Life):
     """The innermost transaction that the run is part of."""
     tags: frozenset[str] = frozenset()
     reason: str = ""
+    calls: set[Any] | None = None
+    """What a synchronous body has under way on the loop."""
+    holds: dict[Slots, Hold] | None = None
+    """The slots that the run's body has."""
     leads: int = 0
     """How many keys the run holds, so that nobody else executes them."""
     _blocked_on: list[Flight] | None = None

@@ -106,7 +106,7 @@ class Task(Definition[P, R]):
         return cast(R, value)
 
     def gate(self, run: TaskRun | FlowRun) -> Gate | None:
-        return run.engine.limits.gate(self.fn, self.concurrency, self._interval, run.tags)
+        return run.engine.limits.gate(run, self.fn, self.concurrency, self._interval)
 
     # --- methods: `self` is an input like any other
 
