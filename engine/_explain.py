@@ -1,9 +1,10 @@
 """Why a call ran, or did not: its key's components beside those of the nearest earlier record of the task.
 
-Per task and storage a small note keeps the components of the last records: hidden from listings, read at most
-once per engine and only when a miss has to be explained, written when the engine closes. So a hit pays nothing,
-a miss at most one small read, and no commit an extra write; a process that is killed leaves no note, and the
-next one says "no record" where it could have said more.
+Per task and storage a small note keeps the components of the last records, read at most once per engine and only
+when a miss has to be explained, written when the engine closes. So a hit pays nothing, a miss at most one small
+read, and no commit an extra write; a process that is killed leaves no note, and the next one says "no record"
+where it could have said more. Notes lie in the records' storage, hidden from listings, so that another machine
+finds them; those about a local folder lie in `~/.onceflow/explain`, because that folder is the user's to count.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..storage import ObjectNotFoundError, Storage, StorageError
+from ..storage import LocalStorage, ObjectNotFoundError, Storage
 from ..storage import _codec as codec
 from ..storage._envelope import Header, check_payload, pack, split, unpack_header
 from ..storage._names import HIDDEN
@@ -72,6 +73,7 @@ class Explainer:
 
     def __init__(self) -> None:
         self._notes: dict[tuple[str, str], _Notes] = {}
+        self._local = LocalStorage("~/.onceflow/explain", threads=1)
 
     def note(self, call: Call) -> None:
         """A record was committed: remember its components. No I/O."""
@@ -102,11 +104,15 @@ class Explainer:
         where = (call.place.records.url, name)
         notes = self._notes.get(where)
         if notes is None:
-            digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-            notes = self._notes[where] = _Notes(
-                call.place.records, f"{HIDDEN}explain-{digest}", deque(maxlen=KEPT)
-            )
+            notes = self._notes[where] = self._new(call.place.records, name)
         return notes
+
+    def _new(self, records: Storage, name: str) -> _Notes:
+        if isinstance(records, LocalStorage):
+            digest = hashlib.sha256(f"{records.url}\n{name}".encode()).hexdigest()
+            return _Notes(self._local, digest, deque(maxlen=KEPT))
+        digest = hashlib.sha256(name.encode()).hexdigest()[:32]
+        return _Notes(records, f"{HIDDEN}explain-{digest}", deque(maxlen=KEPT))
 
     async def _load(self, notes: _Notes, call: Call) -> None:
         """Read the note, once; one that cannot be read is as good as none, since nothing depends on it."""
@@ -116,7 +122,7 @@ class Explainer:
             entries = await _read(notes, keys)
         except ObjectNotFoundError:
             return
-        except StorageError as error:
+        except Exception as error:  # a storage of the user's own may raise anything
             logger.debug("The notes about %s cannot be read: %s", call.definition.name, error)
             return
         for entry in entries:
@@ -128,6 +134,9 @@ class Explainer:
         changed = [notes for notes in self._notes.values() if notes.is_changed]
         if changed:
             await asyncio.gather(*(_write(notes, signing_keys) for notes in changed))
+        await self._local.aclose()
+        self._local = LocalStorage("~/.onceflow/explain", threads=1)  # an engine may be opened again
+        self._notes.clear()
 
 
 async def _read(notes: _Notes, signing_keys: Any) -> list[Components]:
@@ -152,7 +161,7 @@ async def _write(notes: _Notes, signing_keys: Any) -> None:
         kept = list(notes.entries)[:KEPT]
         header = Header(key=notes.key, kind="note", serializer="msgpack")
         await notes.storage.write(notes.key, pack(header, codec.dumps(kept), signing_keys=signing_keys))
-    except (StorageError, OSError) as error:
+    except Exception as error:
         logger.debug("The notes %r cannot be written: %s", notes.key, error)
 
 

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +30,7 @@ from ..storage._storage import Buffer, Stored
 from ..storage._weight import is_heavy
 from ._commit import Carrier
 from ._context import new_id
+from ._copies import MISSING, Copies, Copy
 from ._failures import Failures
 from ._flights import Served
 from ._intents import OWN, Member, value_of
@@ -145,9 +147,14 @@ class Records(Failures):
         self.signing_keys = tuple(signing_keys)
         self._allow_pickle = allow_pickle
         self._warned: set[tuple[str, str, str]] = set()
+        self._copies = Copies(0)
 
-    def trust(self, signing_keys: Sequence[bytes], allow_pickle: bool) -> None:
-        """From now on sign with the first key, verify with all, and let pickled values travel or not."""
+    def trust(self, signing_keys: Sequence[bytes], allow_pickle: bool, memory_bytes: int = 0) -> None:
+        """From now on sign with the first key, verify with all, let pickled values travel or not, and keep copies
+        of as many bytes."""
+        if tuple(signing_keys) != self.signing_keys:
+            self._copies = Copies(memory_bytes)  # they were verified with other keys
+        self._copies.resize(memory_bytes)
         self.signing_keys = tuple(signing_keys)
         self._allow_pickle = allow_pickle
 
@@ -174,6 +181,7 @@ class Records(Failures):
                     continue  # replaced between two reads: somebody has committed
             return await self._read(place, key, exclusive)
         except ObjectNotFoundError:
+            self._copies.drop((place.records.url, key))
             return Miss("no record", None, ABSENT)
         except Exception as error:  # a storage of the user's own may raise anything
             self._warn(place.records, key, error)
@@ -182,8 +190,12 @@ class Records(Failures):
 
     async def _read(self, place: Place, key: str, exclusive: bool) -> Hit | Miss:
         records = place.records
-        stored = await records.fetch(key, 0, FIRST)
-        assert stored is not None  # None answers `unless` only
+        where = (records.url, key)
+        copy = self._copies.get(where)
+        stored = await records.fetch(key, 0, FIRST, unless=copy.version if copy is not None else None)
+        if stored is None:
+            assert copy is not None
+            return await self._from_copy(place, where, copy)
         version: str | None = stored.version
         try:
             beginning = await self._whole_header(records, key, stored)
@@ -206,12 +218,33 @@ class Records(Failures):
                 value = await self._read_apart(place, header, key, stored.version)
             else:
                 value = await self._read_payload(place, header, stored, offset)
+                if (
+                    version == stored.version
+                    and type(stored.data) is bytes
+                    and len(stored.data) == stored.size
+                ):
+                    segments = split(header, memoryview(stored.data)[offset:])
+                    self._copies.put(where, Copy(stored.version, header, segments, _shareable(value)))
         except ConditionFailedError:
             raise
         except StorageError as error:
             self._warn(records, key, error)
             return Miss("record unreadable", None, version)
         return Hit(value, header, stored.version)
+
+    async def _from_copy(self, place: Place, where: Where, copy: Copy) -> Hit | Miss:
+        """What a fresh read would have given, for a copy that is still the record of its key."""
+        header = copy.header
+        refusal = self._refusal(place, header)
+        if refusal is not None:
+            self._copies.drop(where)
+            return Miss(refusal, header, copy.version)
+        if copy.original is not MISSING:
+            return Hit(copy.original, header, copy.version)
+        if header.payload_size <= LEAVES_LOOP:
+            return Hit(self._decode(place, header, copy.segments, check=False), header, copy.version)
+        value = await self._offload(partial(self._decode, place, header, copy.segments, check=False))
+        return Hit(value, header, copy.version)
 
     async def _whole_header(self, storage: Storage, key: str, stored: Stored) -> Buffer:
         """The object's beginning, at least up to the end of its header."""
@@ -320,8 +353,9 @@ class Records(Failures):
     def _decode_payload(self, place: Place, header: Header, payload: Buffer) -> Any:
         return self._decode(place, header, split(header, payload))
 
-    def _decode(self, place: Place, header: Header, segments: Sequence[Buffer]) -> Any:
-        check_payload(header, segments)
+    def _decode(self, place: Place, header: Header, segments: Sequence[Buffer], *, check: bool = True) -> Any:
+        if check:
+            check_payload(header, segments)
         trusted = header.signed or not place.storage.shared
         return decode(header.serializer, segments, using=place.serializer, imports=trusted)
 
@@ -472,8 +506,8 @@ class Records(Failures):
     def served(self, prepared: Prepared, *, is_snapshot: bool = False) -> Served:
         """The record for others to be served from, each with a value of its own."""
         header = prepared.header
-        if type(prepared.original) in SHAREABLE:
-            value: Any = prepared.original
+        value = _shareable(prepared.original)
+        if value is not MISSING:
             return Served(lambda: value, header.run_id, header.created)
         segments = prepared.segments
         if not is_snapshot:  # buffers may be views of an array that the first caller goes on to change
@@ -525,3 +559,8 @@ def ago(seconds: float) -> str:
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"
     return f"{int(seconds)} s"
+
+
+def _shareable(value: Any) -> Any:
+    """The value where nobody can change it, so that one object serves all; else MISSING."""
+    return value if type(value) in SHAREABLE else MISSING

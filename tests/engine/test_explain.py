@@ -156,11 +156,11 @@ async def test_what_is_never_cached_says_why(engine: Engine) -> None:
     assert str(await sales.explain(object())) == "ran: day has no cache key"  # type: ignore[arg-type]
 
 
-async def test_a_broken_note_costs_the_explanation_only(tmp_path: Path) -> None:
+async def test_a_broken_note_costs_the_explanation_only(tmp_path: Path, home: Path) -> None:
     """A note that cannot be read is as good as none."""
     async with Engine(storage=tmp_path):
         await sales("monday")
-    [note] = await asyncio.to_thread(lambda: [*tmp_path.glob(".explain-*")])
+    [note] = await asyncio.to_thread(lambda: [*(home / ".onceflow" / "explain").iterdir()])
     await asyncio.to_thread(note.write_bytes, b"nonsense")
     async with Engine(storage=tmp_path):
         assert str(await sales.explain("friday")) == "ran: no record"
