@@ -54,8 +54,6 @@ class Run(Life):
     """The innermost transaction that the run is part of."""
     tags: frozenset[str] = frozenset()
     reason: str = ""
-    calls: set[Any] | None = None
-    """What a synchronous body has under way on the loop."""
     holds: dict[Slots, Hold] | None = None
     """The slots that the run's body has."""
     leads: int = 0

@@ -16,7 +16,7 @@ from ..locking import LockManager, lock_manager_from_url
 from ..storage import LocalStorage, Storage, storage_from_url
 from ..storage._serializers import Serializer, serializer_by_name
 from . import _logging
-from ._errors import CacheKeyError, EngineClosedError
+from ._errors import CacheKeyError, ConfigurationError, EngineClosedError
 from ._flights import Room
 from ._limits import Limits
 from ._records import Place, Records
@@ -34,6 +34,7 @@ StorageLike = Storage | str | os.PathLike[str]
 SerializerLike = Serializer | str
 
 current_engine: ContextVar[Engine | None] = ContextVar("onceflow_engine", default=None)
+_outer_engines: ContextVar[tuple[Engine | None, ...]] = ContextVar("onceflow_outer_engines", default=())
 
 
 class Engine:
@@ -71,12 +72,14 @@ class Engine:
         self.lock_manager = lock_manager
         self.clock = clock
         self.running: set[RunFuture[Any]] = set()
-        self.failed: list[RunFuture[Any]] = []
+        self.failed: list[RunFuture[Any]] = _Failures()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._entries = 0
         self._opening: asyncio.Future[None] | None = None
+        self._closing: asyncio.Future[None] | None = None
         self._is_open = False
         self._stamp: dict[Any, Any] | None = None
         self._said: Any = None
-        self._outer: Engine | None = None
         self._own: dict[str, Storage] = {}
         self._serializers: dict[str, Serializer] = {}
         self._met: dict[str, Storage] = {}
@@ -93,13 +96,29 @@ class Engine:
         """Read the settings and make ready; idempotent, also when several tasks come at once.
 
         Costs one thread hop (settings may lie in files); no storage is touched before it is used.
+
+        Raises:
+            ConfigurationError: It is open on another loop.
         """
+        self._take_loop(asyncio.get_running_loop())
         if self._is_open:
             return self
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._open())
         await asyncio.shield(self._opening)
         return self
+
+    def _take_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to this loop: to one at a time, and no longer to one that was closed without closing this."""
+        if self.loop is not None and self.loop is not loop:
+            if not self.loop.is_closed() and (self._is_open or self._opening or self._closing):
+                raise ConfigurationError("This engine is open on another event loop.", "Make one for each loop.")
+            self._is_open, self._opening, self._closing, self._entries = False, None, None, 0
+            self._own.clear()  # bound to that loop, and gone with it
+            self.running.clear()
+        self.loop = loop
 
     async def _open(self) -> None:
         import anyio
@@ -149,14 +168,27 @@ class Engine:
         self._stamp, self._said = stamp, said
 
     async def aclose(self) -> None:
-        """Refuse new work, wait `grace` seconds for owned runs, cancel the rest, close what was opened. Idempotent."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        engines = _open_engines.get(asyncio.get_running_loop(), [])
-        if self in engines:
-            engines.remove(self)
-        await self._drain()
+        """Refuse new work, wait `grace` seconds for owned runs, cancel the rest, close what was opened. Idempotent.
+
+        Cancelled, it goes on closing by itself.
+        """
+        if self._is_open:
+            self._is_open = False
+            engines = _open_engines.get(asyncio.get_running_loop(), [])
+            if self in engines:
+                engines.remove(self)
+            self._closing = asyncio.ensure_future(self._close())
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            await self._drain()
+            await self._close_own()
+        finally:
+            self._closing = None
+
+    async def _close_own(self) -> None:
         for storage in self._own.values():
             await storage.aclose()
         self._own.clear()
@@ -165,18 +197,21 @@ class Engine:
             self.lock_manager = self._own_locks = None
 
     async def _drain(self) -> None:
-        works = {future._work for future in self.running}
-        if works:
-            _, late = await asyncio.wait(works, timeout=self.grace)
-            for work in late:
-                work.cancel()
-            if late:
-                await asyncio.wait(late)
-        self.running.clear()
+        """Wait `grace` seconds for the runs that are under way, with all that they start, then cancel what is left."""
+        deadline = time.monotonic() + self.grace
+        while self.running:
+            works = {future._work for future in self.running}
+            left = deadline - time.monotonic()
+            if left <= 0:
+                for work in works:
+                    work.cancel()
+            await asyncio.wait(works, timeout=left if left > 0 else None)
+            self.running.difference_update([future for future in self.running if future._work.done()])
 
     async def __aenter__(self) -> Self:
-        self._outer = current_engine.get()
         await self.open()
+        self._entries += 1
+        _outer_engines.set((*_outer_engines.get(), current_engine.get()))
         current_engine.set(self)
         return self
 
@@ -184,9 +219,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Left from another task than the one that entered, the variable is not ours to set back.
-        if current_engine.get() is self:
-            current_engine.set(self._outer)
-        await self.aclose()
+        if current_engine.get() is self and (outer := _outer_engines.get()):
+            current_engine.set(outer[-1])
+            _outer_engines.set(outer[:-1])
+        self._entries -= 1
+        if self._entries <= 0:  # entered by several, it is closed by the last
+            await self.aclose()
 
     def is_stale(self) -> bool:
         """Whether the environment has changed since the settings were read from it."""
@@ -202,8 +240,13 @@ class Engine:
         """Itself, as the owner of runs that are submitted where no run is."""
         return self
 
-    def check_open(self, what: str) -> None:
-        if not self._is_open:
+    def check_usable(self, what: str) -> None:
+        """Runs that are under way may go on while the engine closes, but not after.
+
+        Raises:
+            EngineClosedError: It is closed.
+        """
+        if not self._is_open and self._closing is None:
             raise EngineClosedError(what)
 
     # --- what runs ask for
@@ -270,6 +313,14 @@ class Engine:
     _limiter: anyio.CapacityLimiter
 
 
+class _Failures(list["RunFuture[Any]"]):
+    """Failures of runs that only an engine owns: nobody may ever look, so they are told at once, and not kept."""
+
+    def append(self, future: RunFuture[Any]) -> None:
+        error = future.run.state.error()
+        _logging.logger.error("%r, which nobody but the engine owns, failed: %r", future, error, exc_info=error)
+
+
 def storage_key(template: str, run: TaskRun | FlowRun) -> str:
     """A result storage key from its template: `{parameters[x]}`, `{x}`, `{task_run.name}`, `{flow_run.id}`.
 
@@ -328,19 +379,25 @@ def ambient_now() -> Engine | None:
 def _entered() -> Engine | None:
     """The engine entered in this context, else the only one open on this loop."""
     engine = current_engine.get()
-    if engine is not None and engine._is_open:
-        return engine
+    if engine is not None:
+        return engine if engine._is_open else None
     loop = asyncio.get_running_loop()
     ambient = _ambient.get(loop)
     entered = [engine for engine in _open_engines.get(loop, ()) if engine is not ambient]
     return entered[0] if len(entered) == 1 else None
 
 
-async def ambient() -> Engine:
-    """The engine of a root run that starts here; made from the settings where there is none, and closed with the loop."""
+async def ambient(what: str = "A run") -> Engine:
+    """The engine of a root run that starts here; made from the settings where there is none, and closed with the loop.
+
+    Raises:
+        EngineClosedError: The one that was entered here is closed: `what` shall not go to another instead.
+    """
     engine = ambient_now()
     if engine is not None:
         return engine
+    if (entered := current_engine.get()) is not None and not entered._is_open:
+        raise EngineClosedError(what)
     loop = asyncio.get_running_loop()
     engine = _entered() or _ambient.get(loop)
     if engine is not None and engine._is_open:
@@ -359,6 +416,9 @@ async def _close_with_loop(loop: asyncio.AbstractEventLoop, engine: Engine) -> N
         try:
             yield
         finally:
+            # The generator knows the loop, and would keep its own key of the table alive.
+            _parked.pop(loop, None)
+            _ambient.pop(loop, None)
             await engine.aclose()
 
     generator = parked()

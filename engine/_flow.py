@@ -17,7 +17,7 @@ from ._parameters import Validator
 from ._policies import CachePolicy
 from ._run import perform
 from ._states import COMPLETED, State
-from ._sync import run_blocking
+from ._sync import in_thread, run_blocking
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,11 +58,12 @@ class Flow(Definition[P, R]):
         parent = current_run.get()
         run = FlowRun(self, self.bind(args, kwargs), parent)
         if parent is None:
-            run.engine = ambient_now() or await ambient()
+            run.engine = ambient_now() or await ambient(f"Flow {self.name!r}")
         elif (entered := current_engine.get()) is not None and entered._is_open:
             run.engine = entered
         else:
             run.engine = parent.engine
+            run.engine.check_usable(f"Flow {self.name!r}")
         run.tags = self.tags | current_tags.get()
         run.name_template = self.flow_run_name
         return run
@@ -130,7 +131,7 @@ class Flow(Definition[P, R]):
             if self.is_async:
                 value = await self.fn(*args, **kwargs)
             else:
-                value = await run.engine.in_thread(_call, self.fn, args, kwargs)
+                value = await in_thread(run.engine, _call, self.fn, args, kwargs)
             value = await _resolve(value)
             await finish(run, f"flow run {run.name!r}")
         except BaseException:

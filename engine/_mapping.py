@@ -39,7 +39,7 @@ def spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     pending = [each for value in (*args, *kwargs.values()) if (each := _unfinished(value)) is not None]
     if not pending:
         return _spread(task, args, kwargs, wait_for)
-    owner, _ = task.owner("map")
+    owner, _ = task.owner_for("map")
     life = Spreading(f"{task.name}.map")
     filling: RunFuture[None] = RunFuture(life)  # type: ignore[arg-type]  # as much of a run as a future needs
     futures: PendingFutureList[R] = PendingFutureList(filling)

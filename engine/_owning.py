@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ._context import FlowRun, TaskRun, current_run, current_transaction
 from ._engine import Engine, current_engine
+from ._errors import EngineClosedError
 from ._futures import RunFuture
 
 
@@ -25,6 +26,9 @@ def owner_here() -> tuple[Owner, TaskRun | FlowRun | None] | None:
     """Who would own a run submitted here, and the run it would be called from.
 
     The innermost of the open transaction and the enclosing flow run, else the engine entered in this context.
+
+    Raises:
+        EngineClosedError: That engine is closed.
     """
     run = current_run.get()
     flow_run = run.flow_run if run is not None else None
@@ -36,9 +40,11 @@ def owner_here() -> tuple[Owner, TaskRun | FlowRun | None] | None:
     if flow_run is not None:
         return flow_run, run
     engine = current_engine.get()
-    if engine is not None and engine._is_open:
-        return engine, run
-    return None
+    if engine is None:
+        return None
+    if not engine._is_open:
+        raise EngineClosedError("A submitted run")
+    return engine, run
 
 
 async def finish(owner: Owner, name: str) -> None:

@@ -1,36 +1,101 @@
-"""`run()`: from synchronous code into the engine."""
+"""From synchronous code into the engine: `run()`, and calls from the threads of synchronous bodies."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from functools import partial
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _logging
 from ._context import current_run
-from ._errors import RunningLoopError
+from ._errors import NoActiveRunError, RunningLoopError
+
+if TYPE_CHECKING:
+    from ._engine import Engine
 
 R = TypeVar("R")
+
+
+class Calls:
+    """What one attempt of a synchronous body has under way on the loop."""
+
+    __slots__ = ("futures", "is_over")
+
+    def __init__(self) -> None:
+        self.futures: set[Future[Any]] = set()
+        self.is_over = False
+
+    def end(self) -> None:
+        """The attempt is over. If its thread was abandoned, cancel what it waits for, and refuse more."""
+        self.is_over = True
+        for future in list(self.futures):
+            future.cancel()
+
+
+_calls: ContextVar[Calls | None] = ContextVar("onceflow_calls", default=None)
+
+
+async def in_thread(engine: Engine, fn: Callable[..., R], *args: Any) -> R:
+    """Run a synchronous body in a thread of the engine. Cancelled, it abandons the thread, and ends its calls."""
+    calls = Calls()
+    token = _calls.set(calls)
+    try:
+        return await engine.in_thread(fn, *args)
+    finally:
+        calls.end()
+        _calls.reset(token)
 
 
 def run_blocking(
     name: str, call: Callable[..., Coroutine[Any, Any, R]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> R:
-    """Block until the call is over: on a new loop, or on the parent's from a worker thread of a synchronous body."""
+    """Block until the call is over: on a new loop, or on the parent's from a thread of a synchronous body."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         pass  # no loop in this thread: what run() is for
     else:
         raise RunningLoopError(name)
-    if current_run.get() is not None:
-        from anyio.from_thread import run
-
-        return run(partial(call, *args, **kwargs))
-    _logging.show()
 
     async def main() -> R:
         return await call(*args, **kwargs)
 
+    run = current_run.get()
+    if run is not None:
+        return _on_loop_of(run.engine, f"{name}.run", main)
+    _logging.show()
     return asyncio.run(main())
+
+
+def call_on_loop(engine: Engine, name: str, fn: Callable[[], R]) -> R:
+    """Call a function on the engine's loop from another thread, with this thread's context variables."""
+
+    async def main() -> R:
+        return fn()
+
+    return _on_loop_of(engine, name, main)
+
+
+def _on_loop_of(engine: Engine, name: str, main: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Block this thread until a coroutine on the engine's loop is over. It ends at the latest with its caller.
+
+    Raises:
+        NoActiveRunError: The run that this thread works for has ended (a timeout or a cancellation abandons it).
+    """
+    run, loop = current_run.get(), engine.loop
+    calls = _calls.get() or Calls()
+    if calls.is_over or (run is not None and run.is_over) or loop is None or not loop.is_running():
+        raise NoActiveRunError(
+            f"{name}() was called in a thread whose run has ended, so nothing would own it.",
+            "Nothing can stop a thread: in long synchronous bodies look at get_run_context().end_time.",
+        )
+    future = asyncio.run_coroutine_threadsafe(main(), loop)
+    calls.futures.add(future)
+    if calls.is_over:  # since we looked
+        future.cancel()
+    try:
+        return future.result()
+    finally:
+        calls.futures.discard(future)

@@ -27,7 +27,7 @@ from ._processes import run_in_process
 from ._run import perform, settle_arguments
 from ._states import COMPLETED, State
 from ._streaming import stream
-from ._sync import call_on_loop, drop_calls, run_blocking
+from ._sync import call_on_loop, in_thread, run_blocking
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -97,10 +97,7 @@ class Task(Definition[P, R]):
         return awaitable
 
     async def _sync_body(self, run: TaskRun) -> R:
-        try:
-            value = await run.engine.in_thread(_call, self.fn, run.args, run.kwargs)
-        finally:
-            drop_calls(run)
+        value = await in_thread(run.engine, _call, self.fn, run.args, run.kwargs)
         if inspect.iscoroutine(value):  # a plain wrapper around an async function
             value = await value
         return cast(R, value)
@@ -196,7 +193,7 @@ class Task(Definition[P, R]):
         owner, _ = here
         if isinstance(owner, FlowRun) and owner.is_over:
             raise NoActiveRunError(
-                f"{self.name}.{verb}() was called after flow run {owner.name!r} had ended, so nothing would own the run.",
+                f"{self.name}.{verb}() was called after flow run {owner.name!r} had ended: nothing would own the run.",
                 "Await in the flow what goes on submitting, or do it in a flow of its own.",
             )
         return here
