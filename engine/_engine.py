@@ -17,6 +17,7 @@ from ..storage import LocalStorage, Storage, storage_from_url
 from ..storage._serializers import Serializer, serializer_by_name
 from . import _logging
 from ._errors import CacheKeyError, ConfigurationError, EngineClosedError
+from ._explain import Explainer
 from ._flights import Room
 from ._limits import Limits
 from ._records import Place, Records
@@ -85,6 +86,7 @@ class Engine:
         self._met: dict[str, Storage] = {}
         self.flights = Room()
         self.limits = Limits(None)
+        self.explainer = Explainer()
         self._own_locks: LockManager | None = None
 
     log_filter = _logging.RunFilter()
@@ -156,7 +158,7 @@ class Engine:
         keys = [
             key.strip().encode() for key in (settings.results_signing_key or "").split(",") if key.strip()
         ]
-        self.records.trust(keys, settings.results_allow_pickle)
+        self.records.trust(keys, settings.results_allow_pickle, settings.results_memory_bytes)
 
     async def reload(self) -> None:
         """Read the settings again. What was given to the engine stays, and so do its locks and threads.
@@ -189,6 +191,7 @@ class Engine:
             self._closing = None
 
     async def _close_own(self) -> None:
+        await self.explainer.flush(self.records.signing_keys)
         for storage in self._own.values():
             await storage.aclose()
         self._own.clear()
