@@ -91,6 +91,25 @@ async def test_removal_under_contention(tmp_path: Path) -> None:
             await removing
 
 
+async def test_removed_between_open_and_lock(tmp_path: Path) -> None:
+    """A file that is removed after it was opened and before it is locked is nobody's lock: a new one is made."""
+
+    class Unlucky(FileLockManager):
+        removals = 2
+
+        async def _open(self, path: str, key: str) -> int:
+            fd = await super()._open(path, key)
+            if self.removals:
+                self.removals -= 1
+                await asyncio.to_thread(_sweep, {path})
+            return fd
+
+    async with Unlucky(tmp_path) as one, FileLockManager(tmp_path) as other:
+        assert await one.acquire("key", "me", timeout=0)
+        assert one.removals == 0
+        assert await other.acquire("key", "you", timeout=0) is None
+
+
 async def test_leftover_of_a_killed_process(tmp_path: Path) -> None:
     """A file that a killed holder left behind is a free key, and tokens go on from it."""
     token = 2**53 - 10
