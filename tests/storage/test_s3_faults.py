@@ -256,6 +256,33 @@ async def test_a_lost_create_is_won_and_a_taken_key_is_lost(bucket: S3Storage, p
     assert await bucket.read("theirs") == OLD
 
 
+async def test_a_lost_replacement_is_won_though_others_went_on(bucket: S3Storage, proxy: FaultProxy) -> None:
+    """36: our write took place, its answer was lost, and before we look others have replaced it: it was done."""
+    await bucket.ensure_conditional()
+    plain = S3Storage(s3_bucket(), bucket._options.prefix, endpoint_url=s3_server().endpoint_url)
+    async with plain:
+        await plain.ensure_conditional()
+        for condition in ("if_absent", "if_version"):
+            version = await bucket.write(condition, OLD) if condition == "if_version" else None
+            reached, until = asyncio.Event(), asyncio.Event()
+            proxy.next("PUT", Fault(lost=True, applied=True))
+            proxy.next("HEAD", Fault(reached=reached, until=until))
+            writing = asyncio.create_task(
+                bucket.write(condition, NEW, if_absent=version is None, if_version=version)
+            )
+            await reached.wait()
+            latest = None
+            for number in range(3):
+                stored = await plain.fetch(condition)
+                assert stored is not None
+                latest = await plain.write(condition, b"%d" % number, if_version=stored.version)
+            until.set()
+            with pytest.raises(VersionMismatchError):
+                await bucket.write(condition, OLD, if_version=await writing)
+            assert await bucket.read(condition) == b"2"
+            assert (await bucket.stat(condition) or [None] * 4)[2] == latest
+
+
 async def test_gone_means_changed(bucket: S3Storage) -> None:
     """39: only-if-version on an object that is gone is a mismatch, as it is on one that changed."""
     version = await bucket.write("key", OLD)

@@ -29,6 +29,9 @@ class Fault:
 
     delay: float = 0.0
     """Seconds before the request is passed on."""
+    reached: asyncio.Event | None = None
+    """Set when the request has come; with `until`, it is passed on only when that is set."""
+    until: asyncio.Event | None = None
     status: int | None = None
     """Answer this instead; with `applied`, after the server has carried out the request."""
     code: str = "InternalError"
@@ -122,6 +125,10 @@ class FaultProxy:
             if headers.pop("expect", None):
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await _body(reader, headers)
+            if fault.reached is not None:
+                fault.reached.set()
+            if fault.until is not None:
+                await fault.until.wait()
             if fault.delay:
                 await asyncio.sleep(fault.delay)
             if fault.status is not None and not fault.applied:
