@@ -17,6 +17,8 @@ from ._kernel import Life
 from ._states import PENDING, quick
 
 if TYPE_CHECKING:
+    import asyncio
+
     from ._engine import Engine
     from ._flights import Flight
     from ._flow import Flow
@@ -64,6 +66,8 @@ class Run(Life):
     _id: str | None = None
     _name: str | None = None
 
+    carrier: asyncio.Task[Any] | None = None
+    """The asyncio task of a run that an engine knows of."""
     if TYPE_CHECKING:
         parameters: dict[str, Any]
 

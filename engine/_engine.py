@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -16,6 +16,8 @@ from ..locking import LockManager, lock_manager_from_url
 from ..storage import LocalStorage, Storage, storage_from_url
 from ..storage._serializers import Serializer, serializer_by_name
 from . import _logging
+from ._draining import Failures, drain
+from ._embedding import Embedding
 from ._errors import CacheKeyError, ConfigurationError, EngineClosedError
 from ._explain import Explainer
 from ._flights import Room
@@ -38,7 +40,7 @@ current_engine: ContextVar[Engine | None] = ContextVar("onceflow_engine", defaul
 _outer_engines: ContextVar[tuple[Engine | None, ...]] = ContextVar("onceflow_outer_engines", default=())
 
 
-class Engine:
+class Engine(Embedding):
     """What runs share: where records lie, who locks, which threads synchronous bodies get.
 
     Making one opens nothing. `async with engine:` opens it, makes it the engine of every run that starts
@@ -55,6 +57,7 @@ class Engine:
         grace: Seconds that leaving waits for runs before it cancels them.
         worker_threads: How many synchronous bodies run at once.
         clock: Unix time in seconds, for expiry.
+        sleep: Waits before retries, in seconds.
     """
 
     def __init__(
@@ -68,12 +71,17 @@ class Engine:
         grace: float | None = None,
         worker_threads: int | None = None,
         clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._given = (storage, key_storage, serializer, settings, grace, worker_threads)
         self.lock_manager = lock_manager
         self.clock = clock
+        self.sleep = sleep
         self.running: set[RunFuture[Any]] = set()
-        self.failed: list[RunFuture[Any]] = _Failures()
+        self.failed = Failures()
+        self.live: dict[str, TaskRun | FlowRun] = {}
+        self.ended: asyncio.Future[None] | None = None
+        self.interrupted: str | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._entries = 0
         self._opening: asyncio.Future[None] | None = None
@@ -116,10 +124,13 @@ class Engine:
         """Belong to this loop: to one at a time, and no longer to one that was closed without closing this."""
         if self.loop is not None and self.loop is not loop:
             if not self.loop.is_closed() and (self._is_open or self._opening or self._closing):
-                raise ConfigurationError("This engine is open on another event loop.", "Make one for each loop.")
+                raise ConfigurationError(
+                    "This engine is open on another event loop.", "Make one for each loop."
+                )
             self._is_open, self._opening, self._closing, self._entries = False, None, None, 0
             self._own.clear()  # bound to that loop, and gone with it
             self.running.clear()
+            self.live.clear()
         self.loop = loop
 
     async def _open(self) -> None:
@@ -142,7 +153,7 @@ class Engine:
                 _logging.show(self.settings.logging_level.upper())
         finally:
             self._opening = None
-        self._is_open = True
+        self._is_open, self.interrupted = True, None
         _open_engines.setdefault(asyncio.get_running_loop(), []).append(self)
 
     def _obey(self, settings: Settings) -> None:
@@ -176,19 +187,22 @@ class Engine:
         """
         if self._is_open:
             self._is_open = False
-            engines = _open_engines.get(asyncio.get_running_loop(), [])
-            if self in engines:
-                engines.remove(self)
             self._closing = asyncio.ensure_future(self._close())
         if self._closing is not None:
             await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         try:
-            await self._drain()
-            await self._close_own()
+            await drain(self, self.grace)
         finally:
-            self._closing = None
+            self.failed.tell()
+            try:
+                await self._close_own()
+            finally:
+                self._closing = None
+                engines = _open_engines.get(asyncio.get_running_loop(), [])
+                if self in engines:
+                    engines.remove(self)
 
     async def _close_own(self) -> None:
         await self.explainer.flush(self.records.signing_keys)
@@ -198,18 +212,6 @@ class Engine:
         if self._own_locks is not None:
             await self._own_locks.aclose()
             self.lock_manager = self._own_locks = None
-
-    async def _drain(self) -> None:
-        """Wait `grace` seconds for the runs that are under way, with all that they start, then cancel what is left."""
-        deadline = time.monotonic() + self.grace
-        while self.running:
-            works = {future._work for future in self.running}
-            left = deadline - time.monotonic()
-            if left <= 0:
-                for work in works:
-                    work.cancel()
-            await asyncio.wait(works, timeout=left if left > 0 else None)
-            self.running.difference_update([future for future in self.running if future._work.done()])
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -316,14 +318,6 @@ class Engine:
     _limiter: anyio.CapacityLimiter
 
 
-class _Failures(list["RunFuture[Any]"]):
-    """Failures of runs that only an engine owns: nobody may ever look, so they are told at once, and not kept."""
-
-    def append(self, future: RunFuture[Any]) -> None:
-        error = future.run.state.error()
-        _logging.logger.error("%r, which nobody but the engine owns, failed: %r", future, error, exc_info=error)
-
-
 def storage_key(template: str, run: TaskRun | FlowRun) -> str:
     """A result storage key from its template: `{parameters[x]}`, `{x}`, `{task_run.name}`, `{flow_run.id}`.
 
@@ -380,13 +374,15 @@ def ambient_now() -> Engine | None:
 
 
 def _entered() -> Engine | None:
-    """The engine entered in this context, else the only one open on this loop."""
+    """The engine entered in this context, else the only one open on this loop; it may be closing, or closed."""
     engine = current_engine.get()
     if engine is not None:
-        return engine if engine._is_open else None
+        return engine
     loop = asyncio.get_running_loop()
     ambient = _ambient.get(loop)
     entered = [engine for engine in _open_engines.get(loop, ()) if engine is not ambient]
+    if len(entered) > 1:
+        entered = [engine for engine in entered if engine._is_open]
     return entered[0] if len(entered) == 1 else None
 
 
@@ -399,10 +395,11 @@ async def ambient(what: str = "A run") -> Engine:
     engine = ambient_now()
     if engine is not None:
         return engine
-    if (entered := current_engine.get()) is not None and not entered._is_open:
-        raise EngineClosedError(what)
     loop = asyncio.get_running_loop()
-    engine = _entered() or _ambient.get(loop)
+    engine = _entered()
+    if engine is not None and not engine._is_open:
+        raise EngineClosedError(what)
+    engine = engine or _ambient.get(loop)
     if engine is not None and engine._is_open:
         await engine.reload()
         return engine

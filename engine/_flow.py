@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
 from ._arguments import Marked
-from ._context import FlowRun, TaskRun, current_run, current_tags
+from ._context import FlowRun, TaskRun, current_run, current_tags, current_transaction
 from ._definition import Definition, F, check_no_wait_for
-from ._engine import ambient, ambient_now, current_engine
-from ._futures import FutureList, RunFuture
+from ._engine import Engine, ambient, ambient_now, current_engine
+from ._futures import FlowFuture, FutureList, RunFuture
+from ._observing import observers
 from ._options import FlowOptions
 from ._owning import cancel_all, finish
 from ._parameters import Validator
 from ._policies import CachePolicy
-from ._run import perform
+from ._run import forget, perform_root, perform_submitted
 from ._states import COMPLETED, State
 from ._sync import in_thread, run_blocking
 
@@ -74,14 +78,14 @@ class Flow(Definition[P, R]):
         Raises:
             ParameterError: An argument does not validate against its annotation.
         """
-        state = await perform(await self._begin(args, kwargs))
+        state = await perform_root(await self._begin(args, kwargs))
         if state.type is COMPLETED:
             return state.data  # type: ignore[no-any-return]
         raise state.error()
 
     async def run_to_state(self, *args: P.args, **kwargs: P.kwargs) -> State[R]:
         """As a call, but returns the final state, and never raises for a failed run; cancellation propagates."""
-        return await perform(await self._begin(args, kwargs))
+        return await perform_root(await self._begin(args, kwargs))
 
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run from synchronous code and block until the end: starts a loop in a script, and uses the
@@ -91,6 +95,23 @@ class Flow(Definition[P, R]):
             RunningLoopError: An event loop runs in this thread; `await f(…)` there.
         """
         return run_blocking(self.name, self.__call__, args, kwargs)
+
+    def start(self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlowFuture[R]:
+        """Begin a run in the background of an engine, on its loop: see `Engine.submit`."""
+        run = FlowRun(self, self.bind(args, kwargs), None)
+        run.engine = engine
+        run.tags = self.tags | current_tags.get()
+        run.name_template = self.flow_run_name
+        future: FlowFuture[R] = FlowFuture(run)
+        future.owner = engine
+        work = asyncio.get_running_loop().create_task(
+            perform_submitted(future, engine), context=_background(engine)
+        )
+        work.add_done_callback(partial(_has_ended, run))
+        run.carrier = future._work = work
+        engine.live[run.id] = run
+        engine.running.add(future)
+        return future
 
     def with_options(self, **options: Unpack[FlowOptions]) -> Self:
         """A new flow with other options; those not named stay, `None` takes one back, zero is a value."""
@@ -140,6 +161,20 @@ class Flow(Definition[P, R]):
         finally:
             current_tags.reset(token)
         return value  # type: ignore[no-any-return]
+
+
+def _background(engine: Engine) -> Context:
+    """The caller's context without what ends before a background flow does: its run, transaction and observers."""
+    context = copy_context()
+    context.run(current_run.set, None)
+    context.run(current_transaction.set, None)
+    context.run(observers.set, ())
+    context.run(current_engine.set, engine)
+    return context
+
+
+def _has_ended(run: FlowRun, _: object) -> None:
+    forget(run)
 
 
 def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:

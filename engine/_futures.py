@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ._context import current_run
 from ._errors import DeadlockError
-from ._states import COMPLETED, State
+from ._logging import logger
+from ._states import CANCELLED, COMPLETED, State
 
 if TYPE_CHECKING:
     from ._context import FlowRun, Run, TaskRun
@@ -57,6 +58,10 @@ class RunFuture(Generic[R]):
     _work: asyncio.Task[None]
     owner: Any
     """Who awaits the run and reports its failure: see `_owning`."""
+    is_stream = False
+    """Whether its values go to a reader; when an owner has nothing else left to await, nobody reads any more."""
+    is_told_late = False
+    """Whether a failure in an engine's hands may wait to be told until the future goes."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -131,7 +136,17 @@ class RunFuture(Generic[R]):
     def _settle(self) -> None:
         """A run cancelled before its first step never got to say so itself."""
         if self._work.done() and not self.run.is_over:
-            self.run.enter("cancel", message="cancelled before it began")
+            interrupted = getattr(self.owner.engine, "interrupted", None)
+            self.run.enter("cancel", message=interrupted or "cancelled before it began")
+
+    def tell(self) -> None:
+        """Log a failure that nobody has looked at; once."""
+        state = self.run.states[-1]
+        if self._observed or not state.is_final() or state.type in (COMPLETED, CANCELLED):
+            return
+        self._observed = True
+        error = state.error()
+        logger.error("%r, which nobody but the engine owns, failed: %r", self, error, exc_info=error)
 
     def _refuse_deadlock(self) -> None:
         refuse_deadlock((self,))
@@ -188,9 +203,10 @@ class TaskFuture(RunFuture[R]):
 
 
 class FlowFuture(RunFuture[R]):
-    """The future of a flow that runs in the background of an engine."""
+    """The future of a flow that runs in the background of an engine. Dropping it does not end the run."""
 
     __slots__ = ()
+    is_told_late = True
 
     run: FlowRun
 
@@ -198,6 +214,9 @@ class FlowFuture(RunFuture[R]):
     def flow_run_id(self) -> str:
         """The flow run's id."""
         return self.run.id
+
+    def __del__(self) -> None:
+        self.tell()
 
 
 class FutureList(list["TaskFuture[R]"]):

@@ -16,7 +16,9 @@ class Owner(Protocol):
     """Has runs under way, and keeps those that failed until somebody has noticed."""
 
     running: set[RunFuture[Any]]
-    failed: list[RunFuture[Any]]
+
+    @property
+    def failed(self) -> list[RunFuture[Any]]: ...
 
     @property
     def engine(self) -> Engine: ...

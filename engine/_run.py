@@ -25,6 +25,7 @@ from ._transaction import transaction
 
 if TYPE_CHECKING:
     from ._definition import Definition
+    from ._futures import FlowFuture, TaskFuture
     from ._limits import Gate
 
 
@@ -48,7 +49,7 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
             await attempts(run, definition)
     except CancelledError:
         if not run.is_over:  # cancelled during its commit, a completed run stays completed
-            run.enter("cancel", message="cancelled while it ran")
+            run.enter("cancel", message=run.engine.interrupted or "cancelled while it ran")
         await uncancelled(end(run, definition))
         raise
     except NotReady as error:
@@ -65,9 +66,49 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
         raise
     finally:
         current_run.reset(token)
+        if run.engine.watchers:
+            run.engine.note(run)
     if definition.hooks or logger.isEnabledFor(INFO):
         await end(run, definition)
     return run.states[-1]
+
+
+async def perform_root(run: TaskRun | FlowRun) -> State[Any]:
+    """As `perform`, for flows, and for tasks outside of any: the engine knows of them until they end."""
+    engine = run.engine
+    engine.live[run.id] = run
+    run.carrier = asyncio.current_task()
+    try:
+        return await perform(run)
+    finally:
+        forget(run)
+
+
+def forget(run: TaskRun | FlowRun) -> None:
+    """A run that the engine knew of has ended."""
+    engine = run.engine
+    engine.live.pop(run.id, None)
+    if engine.ended is not None and not engine.ended.done():
+        engine.ended.set_result(None)
+
+
+async def perform_submitted(future: TaskFuture[Any] | FlowFuture[Any], owner: Any) -> None:
+    """The asyncio task of a submitted run. Its outcome is the run's state, so that it raises crashes only."""
+    try:
+        state = await perform(future.run)
+        if state.type is not COMPLETED:
+            owner.failed.append(future)
+    except asyncio.CancelledError:
+        # The state says Cancelled; who awaits the future hears of it there. If nobody asked for it, the
+        # body let somebody else's cancellation out, and that must not pass unnoticed.
+        if not asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
+            owner.failed.append(future)
+    except (KeyboardInterrupt, SystemExit):
+        raise  # they end the loop
+    except BaseException:  # kept in the state, and raised by whoever awaits it or owns it
+        owner.failed.append(future)
+    finally:
+        owner.running.discard(future)
 
 
 def _has_outcome_hooks(definition: Definition[..., Any]) -> bool:
@@ -195,7 +236,7 @@ async def _prepare_next(run: TaskRun | FlowRun, definition: Definition[..., Any]
             "%s %r - %s; trying again in %.3g s (attempt %d of %d)",
             definition.kind, run.name, run.state.message, run.delay, run.attempt + 1, run.rule.times + 1,
         )  # fmt: skip
-        await asyncio.sleep(run.delay)
+        await run.engine.sleep(run.delay)
         run.again()
 
 

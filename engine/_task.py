@@ -24,7 +24,7 @@ from ._options import TaskOptions
 from ._owning import Owner, owner_here
 from ._policies import CachePolicy
 from ._processes import run_in_process
-from ._run import perform, settle_arguments
+from ._run import perform, perform_root, perform_submitted, settle_arguments
 from ._states import COMPLETED, State
 from ._streaming import stream
 from ._sync import call_on_loop, in_thread, run_blocking
@@ -149,7 +149,7 @@ class Task(Definition[P, R]):
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run in the caller's asyncio task, and return the value; raises what the body raised."""
         run = await self._begin(args, kwargs)
-        state = await perform(run)
+        state = await (perform(run) if run.parent is not None else perform_root(run))
         if state.type is COMPLETED:
             return state.data  # type: ignore[no-any-return]
         raise state.error()
@@ -162,7 +162,8 @@ class Task(Definition[P, R]):
     ) -> Coroutine[Any, Any, State[R]]: ...
     async def run_to_state(self, *args: Any, **kwargs: Any) -> State[R]:
         """As a call, but returns the final state, and never raises for a failed run; cancellation propagates."""
-        return await perform(await self._begin(args, kwargs))
+        run = await self._begin(args, kwargs)
+        return await (perform(run) if run.parent is not None else perform_root(run))
 
     @overload
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[R]: ...
@@ -209,7 +210,7 @@ class Task(Definition[P, R]):
             run.engine = owner.engine
         future: TaskFuture[R] = TaskFuture(run)
         future.owner = owner
-        future._work = loop.create_task(_perform_submitted(future, owner))
+        future._work = loop.create_task(perform_submitted(future, owner))
         owner.running.add(future)
         return future
 
@@ -340,25 +341,6 @@ def _unwrapped(fn: Any) -> Any:
 
 def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     return fn(*args, **kwargs)
-
-
-async def _perform_submitted(future: TaskFuture[Any], owner: Any) -> None:
-    """The asyncio task of a submitted run. Its outcome is the run's state, so that it raises crashes only."""
-    try:
-        state = await perform(future.run)
-        if state.type is not COMPLETED:
-            owner.failed.append(future)
-    except asyncio.CancelledError:
-        # The state says Cancelled; who awaits the future hears of it there. If nobody asked for it, the
-        # body let somebody else's cancellation out, and that must not pass unnoticed.
-        if not asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
-            owner.failed.append(future)
-    except (KeyboardInterrupt, SystemExit):
-        raise  # they end the loop
-    except BaseException:  # kept in the state, and raised by whoever awaits it or owns it
-        owner.failed.append(future)
-    finally:
-        owner.running.discard(future)
 
 
 @overload
