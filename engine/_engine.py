@@ -369,6 +369,11 @@ def ambient_now() -> Engine | None:
     only one open on this loop, else the one that was made from the settings."""
     engine = _entered() or _ambient.get(asyncio.get_running_loop())
     if engine is not None and engine._is_open and not engine.is_stale():
+def engines_on(loop: asyncio.AbstractEventLoop) -> list[Engine]:
+    """The engines that are open, or closing, on a loop."""
+    return list(_open_engines.get(loop, ()))
+
+
         return engine
     return None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import _logging
 from ._context import current_run
 from ._errors import NoActiveRunError, RunningLoopError
+from ._interrupts import run_script
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -66,7 +67,7 @@ def run_blocking(
     if run is not None:
         return _on_loop_of(run.engine, f"{name}.run", main)
     _logging.show()
-    return asyncio.run(main())
+    return run_script(name, main())
 
 
 def call_on_loop(engine: Engine, name: str, fn: Callable[[], R]) -> R:
