@@ -131,6 +131,8 @@ class Definition(Generic[P, R]):
 
     body: Callable[[Any], Awaitable[R]]
     """Runs the function once, for a run of this definition."""
+    is_timed_whole = True
+    """Whether the timeout is for the body as a whole, and not for each value that it yields."""
     is_limited = False
     """Whether there is a limit of the definition's own on how many runs execute, or begin."""
 
@@ -195,9 +197,9 @@ class Definition(Generic[P, R]):
         for option, other in (("cache_policy", "cache_key_fn"), ("cache_key_fn", "cache_policy")):
             if options.get(option) is not None and other not in options:
                 merged.pop(other, None)
-        if (options.get("cache_policy") or options.get("cache_key_fn")) and "persist_result" not in options:
-            if merged.get("persist_result") is False:
-                merged.pop("persist_result")
+        states_key = options.get("cache_policy") is not None or options.get("cache_key_fn") is not None
+        if states_key and "persist_result" not in options and merged.get("persist_result") is False:
+            merged.pop("persist_result")
         for event in self.hooks:
             if event not in options:
                 merged[event] = list(self.hooks[event])

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from ..locking import LockManager, lock_manager_from_url
 from ..storage import LocalStorage, Storage, storage_from_url
+from ..storage._loop_end import ENGINES, at_loop_end
 from ..storage._serializers import Serializer, serializer_by_name
 from . import _logging
 from ._draining import Failures, drain
@@ -213,6 +214,11 @@ class Engine(Embedding):
             await self._own_locks.aclose()
             self.lock_manager = self._own_locks = None
 
+    async def close_with_loop(self) -> None:
+        """The end of an engine that nobody entered: with its loop, which is forgotten."""
+        _ambient.pop(asyncio.get_running_loop(), None)
+        await self.aclose()
+
     async def __aenter__(self) -> Self:
         await self.open()
         self._entries += 1
@@ -347,7 +353,6 @@ def storage_key(template: str, run: TaskRun | FlowRun) -> str:
 
 _open_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Engine]] = WeakKeyDictionary()
 _ambient: WeakKeyDictionary[asyncio.AbstractEventLoop, Engine] = WeakKeyDictionary()
-_parked: WeakKeyDictionary[asyncio.AbstractEventLoop, list[AsyncGenerator[None, None]]] = WeakKeyDictionary()
 
 
 def _environment_view() -> Any:
@@ -364,16 +369,16 @@ def _said() -> Any:
     return stamp(), os.environ.get("HOME")
 
 
-def ambient_now() -> Engine | None:
-    """The engine of a root run that starts here, where it is ready: the one entered in this context, else the
-    only one open on this loop, else the one that was made from the settings."""
-    engine = _entered() or _ambient.get(asyncio.get_running_loop())
-    if engine is not None and engine._is_open and not engine.is_stale():
 def engines_on(loop: asyncio.AbstractEventLoop) -> list[Engine]:
     """The engines that are open, or closing, on a loop."""
     return list(_open_engines.get(loop, ()))
 
 
+def ambient_now() -> Engine | None:
+    """The engine of a root run that starts here, where it is ready: the one entered in this context, else the
+    only one open on this loop, else the one that was made from the settings."""
+    engine = _entered() or _ambient.get(asyncio.get_running_loop())
+    if engine is not None and engine._is_open and not engine.is_stale():
         return engine
     return None
 
@@ -410,22 +415,5 @@ async def ambient(what: str = "A run") -> Engine:
         return engine
     if engine is None:
         engine = _ambient[loop] = Engine()
-        await _close_with_loop(loop, engine)
+        await at_loop_end(engine.close_with_loop, ENGINES)
     return await engine.open()
-
-
-async def _close_with_loop(loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
-    """Park an async generator on the loop: `shutdown_asyncgens`, which every runner calls at its end, closes it."""
-
-    async def parked() -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            # The generator knows the loop, and would keep its own key of the table alive.
-            _parked.pop(loop, None)
-            _ambient.pop(loop, None)
-            await engine.aclose()
-
-    generator = parked()
-    await anext(generator)
-    _parked.setdefault(loop, []).append(generator)

@@ -49,7 +49,9 @@ def is_user_file(filename: str) -> bool:
     """Whether code from `filename` is the user's. Cells, `python -c` and exec have `<names>`."""
     if filename.startswith("<"):
         return not filename.startswith("<frozen")
-    path = os.path.abspath(filename)
+    # Not abspath: it counts as a blocking call, and this is asked on the loop.
+    here = "" if os.path.isabs(filename) else os.fsdecode(os.getcwdb())
+    path = os.path.normpath(os.path.join(here, filename))
     return not (
         path.startswith(_LIBRARY)
         or path.endswith(tuple(EXTENSION_SUFFIXES))

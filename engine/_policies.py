@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ABSENT = ""
 FORMAT = b"onceflow key 1\n"
+_CONFIGURED = ("key_storage", "isolation_level", "lock_manager", "lock_timeout")
 Components = dict[str, str]
 
 
@@ -86,8 +87,8 @@ class CachePolicy:
         """This policy, with its records elsewhere, another isolation level, or its own lock manager."""
         configured = copy(self)
         level = None if isolation_level is None else IsolationLevel.parse(isolation_level)
-        said = {"key_storage": key_storage, "isolation_level": level, "lock_manager": lock_manager, "lock_timeout": lock_timeout}
-        for option, value in said.items():
+        said = (key_storage, level, lock_manager, lock_timeout)
+        for option, value in zip(_CONFIGURED, said, strict=True):
             if value is not None:
                 object.__setattr__(configured, option, value)  # a user's policy may be a frozen dataclass
         return configured
@@ -296,7 +297,7 @@ class CompoundPolicy(CachePolicy):
         self.policies = tuple(
             part for policy in given for part in policy.parts() if not isinstance(part, NonePolicy)
         )
-        for option in ("key_storage", "isolation_level", "lock_manager", "lock_timeout"):
+        for option in _CONFIGURED:
             setattr(self, option, _agreed(option, given))
 
     def parts(self) -> tuple[CachePolicy, ...]:
@@ -355,7 +356,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _merged(policy: CachePolicy, pair: list[CachePolicy]) -> CachePolicy:
     """`policy` with what the two together configure: NONE adds no part, but may carry a configuration."""
-    return policy.configure(*(_agreed(option, pair) for option in ("key_storage", "isolation_level", "lock_manager", "lock_timeout")))
+    return policy.configure(*(_agreed(option, pair) for option in _CONFIGURED))
 
 
 def _gather(

@@ -1,7 +1,7 @@
 """One event loop's connections to a Redis server: a pool for requests, one connection for messages.
 
 redis-py's plain pool raises when it is exhausted, so this is its blocking one. The link is closed with its
-loop, by a parked asynchronous generator: `asyncio.run`, pytest-asyncio and uvicorn call
+loop (see storage/_loop_end.py): `asyncio.run`, pytest-asyncio and uvicorn call
 `loop.shutdown_asyncgens()` before they close a loop, which is the only hook there is.
 """
 
@@ -11,9 +11,10 @@ import asyncio
 import importlib.util
 import random
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any
 
+from ..storage._loop_end import CLIENTS, at_loop_end, forget
 from ._owned import start
 from ._scripts import Script
 
@@ -54,7 +55,7 @@ class Link:
         self._messages: Any = None
         self._updater: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None] | None = None
-        self._keeper: AsyncGenerator[None, None] | None = None
+        self._is_attached = False
         self.closed = False
         self.refused: tuple[type[Exception], ...] = (
             exceptions.AuthenticationError,
@@ -80,23 +81,16 @@ class Link:
 
     async def attach(self) -> None:
         """Have the link closed with its loop."""
-        if self._keeper is None:
-            self._keeper = self._park()
-            await anext(self._keeper)
-
-    async def _park(self) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            await self._disconnect()
+        if not self._is_attached:
+            self._is_attached = True
+            await at_loop_end(self.close, CLIENTS)
 
     async def close(self) -> None:
-        """End the subscriptions and close the connections. On the link's own loop."""
-        if self._keeper is not None:
-            await self._keeper.aclose()
-
-    async def _disconnect(self) -> None:
+        """End the subscriptions and close the connections; once, whoever asks. On the link's own loop."""
+        if self.closed:
+            return
         self.closed = True
+        forget(self.close, asyncio.get_running_loop())
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])

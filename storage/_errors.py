@@ -164,7 +164,8 @@ class SignatureError(RecordError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(
-            f"The record's signature was refused: {reason}. Set ONCEFLOW_RESULTS_SIGNING_KEY to the key it was written with."
+            f"The record's signature was refused: {reason}. "
+            "Set ONCEFLOW_RESULTS_SIGNING_KEY to the key it was written with."
         )
 
 

@@ -13,10 +13,11 @@ import io
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 from ._errors import StorageClosedError
+from ._loop_end import CLIENTS, at_loop_end, forget
 
 _EXPECT_FROM = 64 * 1024
 """Bytes from which a PUT asks the server first (`Expect: 100-continue`); below, that wastes a round trip."""
@@ -47,29 +48,21 @@ class LoopClient:
         self.slots = asyncio.Semaphore(slots)
         self.probing = asyncio.Lock()
         self.opening: asyncio.Task[None] | None = None
-        self.keeper: AsyncGenerator[None, None] | None = None
         self.pid = os.getpid()
 
     async def open(self, make: Callable[[], Any]) -> None:
         client = await asyncio.to_thread(make)
-        self.keeper = self._keep(client)
-        await anext(self.keeper)
         self.client = client
-
-    async def _keep(self, client: Any) -> AsyncGenerator[None, None]:
-        # Parked on the loop for as long as the client lives: asyncio.run, pytest-asyncio and uvicorn call
-        # loop.shutdown_asyncgens() before they close a loop, which is the only hook there is.
-        try:
-            yield
-        finally:
-            self.client = self.opening = None
-            await client.__aexit__(None, None, None)
+        await at_loop_end(self.close, CLIENTS)
 
     async def close(self) -> None:
+        """Close the client; once, whoever asks."""
         if self.opening is not None:
             await asyncio.wait([self.opening])
-        if self.keeper is not None:
-            await self.keeper.aclose()
+        client, self.client, self.opening = self.client, None, None
+        if client is not None:
+            forget(self.close, asyncio.get_running_loop())
+            await client.__aexit__(None, None, None)
 
 
 class Clients:

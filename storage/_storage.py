@@ -122,7 +122,7 @@ class Storage(ABC):
         a listing does not have the metadata.
         """
 
-    async def ensure_conditional(self) -> None:
+    async def ensure_conditional(self) -> None:  # noqa: B027 - where conditions always hold there is nothing to do
         """Return if the conditions of this storage's writes are honoured; locks and transactions ask first.
 
         Memory and local storage always honour them. A bucket is tried out, once for each process.
@@ -131,7 +131,7 @@ class Storage(ABC):
             ConditionsUnsupportedError: They are not honoured, so that no lock can be built on them.
         """
 
-    async def aclose(self) -> None:
+    async def aclose(self) -> None:  # noqa: B027 - nothing to close is a way of closing
         """Give back clients and threads of every loop. Idempotent; what is stored stays."""
 
     async def __aenter__(self) -> Self:
