@@ -30,7 +30,7 @@ demo: $(RUNS)  ## index the standard library twice: all executed, then all cache
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 check: $(READY)  ## format, lint, types, imports
 	$(BIN)/ruff format --check .

@@ -41,7 +41,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=", ".join)
 async def test_saying_how_switches_persistence_on(engine: Engine, options: dict[str, Any]) -> None:
     """P2: a policy, key function, storage, serializer or storage key means that results persist."""
     for made in (task(**options)(body), work.with_options(**options)):
@@ -51,7 +51,7 @@ async def test_saying_how_switches_persistence_on(engine: Engine, options: dict[
     assert len(await keys_in(storage)) == 1
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=", ".join)
 def test_false_wins_over_saying_how(options: dict[str, Any]) -> None:
     """P3: persist_result=False means NONE; it warns where a policy was given, and only there."""
     with warnings.catch_warnings(record=True) as caught:
@@ -75,7 +75,7 @@ def test_none_takes_an_option_back() -> None:
     assert said.with_options(name="x").cache_policy == INPUTS
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"persist_result": True}], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"persist_result": True}], ids=", ".join)
 async def test_the_switch_that_disables_all(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
