@@ -77,7 +77,6 @@ def commit(writer: Writer, members: Sequence[Member]) -> Steps:
             obstacle: whoever meets it ends it.
     """
     members = sorted(members, key=lambda member: member.where)
-    primary = members[0]
     sent = False
     try:
         yield from _lay(writer, members, 0)
@@ -86,7 +85,7 @@ def commit(writer: Writer, members: Sequence[Member]) -> Steps:
         if values:
             yield Together([_put(where, data) for where, data in values])
         sent = True
-        decided = yield Put(primary.where, intent(writer, members, 0, decided=True), primary.version)
+        decided = yield from _decide(writer, members)
     except GeneratorExit:
         raise  # the process ends here: what is left is for whoever finds it
     except BaseException as error:
@@ -101,6 +100,14 @@ def commit(writer: Writer, members: Sequence[Member]) -> Steps:
 
 def _put(where: Where, data: Sequence[Buffer]) -> Steps:
     yield Put(where, data, ANY)
+
+
+def _decide(writer: Writer, members: Sequence[Member]) -> Steps:
+    primary = members[0]
+    try:
+        return (yield Put(primary.where, intent(writer, members, 0, decided=True), primary.version))
+    except Conflict:
+        raise Refused(primary.where, "its writer was silent for longer than its lease") from None
 
 
 # --- laying intents
@@ -182,11 +189,13 @@ def _undo(writer: Writer, members: Sequence[Member], error: BaseException, sent:
         BaseException: `error`, or Refused: nothing is visible.
     """
     try:
-        decided = yield from _bury_own(writer, members, sent)
+        decided = yield from _bury_own(writer, members)
+        if decided is None and sent and not isinstance(error, Refused):
+            decided = yield from _fate(writer, members)
     except GeneratorExit:
         raise
     except Exception as unreachable:
-        if sent:
+        if sent and not isinstance(error, Refused):
             raise InDoubt(members[0].where, str(error) or str(unreachable)) from error
         raise error from None
     if decided is not None:
@@ -196,8 +205,6 @@ def _undo(writer: Writer, members: Sequence[Member], error: BaseException, sent:
         yield Together([_remove(member.value[0]) for member in members if member.value is not None])
     except Exception as leftover:  # their primary is buried: whoever meets them takes them back
         error.add_note(f"What it had written could not be taken back at once: {leftover!r}")
-    if isinstance(error, Conflict):
-        raise Refused(members[0].where, "its writer was silent for longer than its lease") from None
     raise error
 
 
@@ -205,14 +212,17 @@ def _remove(where: Where) -> Steps:
     yield Remove(where, ANY)
 
 
-def _bury_own(writer: Writer, members: Sequence[Member], sent: bool) -> Steps:
-    """Make the commit impossible, or find that it has happened: then the primary's version, "" where it is settled."""
+def _bury_own(writer: Writer, members: Sequence[Member]) -> Steps:
+    """Make the commit impossible, or find that it has happened: then the primary's version.
+
+    None also where the primary says nothing of us: never laid, or ended by somebody else.
+    """
     primary, keys = members[0], writer.signing_keys
     while True:
         found: Found | None = yield Read(primary.where)
         own = parse(primary.where, found.data, keys) if found is not None else None
         if found is None or own is None or own.tx != writer.tx:
-            break
+            return None
         if own.decided:
             return found.version
         try:
@@ -220,21 +230,33 @@ def _bury_own(writer: Writer, members: Sequence[Member], sent: bool) -> Steps:
             return None
         except Conflict:
             continue
-    # Somebody else has ended it: settled, where one of the new records is to be seen, else aborted.
-    if sent:
-        for member in members:
-            found = yield Read(member.where)
-            if found is not None and _holds(member, found, keys):
-                return ABSENT
-    return None
 
 
-def _holds(member: Member, found: Found, keys: Keys) -> bool:
-    """Whether the member's new record is, or was before an intent that followed, the committed one."""
-    following = parse(member.where, found.data, keys)
-    current = following.old if following is not None else bytes(found.data)
-    settled = halves(member.record)[0] if member.moves_to is not None else member.record
-    return current in (member.record, settled)
+def _fate(writer: Writer, members: Sequence[Member]) -> Steps:
+    """After a decision without an answer, and with a primary that says nothing of it: ABSENT where somebody else has
+    settled it, which one of the new records shows; None where somebody has aborted it, which the old one shows.
+
+    Raises:
+        InDoubt: Neither is to be seen: others have gone on.
+    """
+    keys, primary = writer.signing_keys, members[0]
+    for member in members:
+        current = yield from _committed_at(member.where, keys)
+        settled = halves(member.record)[0] if member.moves_to is not None else member.record
+        if current in (member.record, settled):
+            return ABSENT
+        if member is primary and current and current == primary.old:
+            return None
+    raise InDoubt(primary.where, "the storage did not answer, and others have written it since")
+
+
+def _committed_at(where: Where, keys: Keys) -> Steps:
+    """What is committed there, as far as the object itself tells."""
+    found: Found | None = yield Read(where)
+    if found is None:
+        return b""
+    following = parse(where, found.data, keys)
+    return following.old if following is not None else committed(found.data, keys)
 
 
 def _bury(where: Where, old: bytes, version: str, keys: Keys) -> Steps:
