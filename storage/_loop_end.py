@@ -31,6 +31,7 @@ class _End:
         try:
             yield
         finally:
+            self.generator = None  # it knows its loop, and would keep the key of `_ends` alive
             errors: list[Exception] = []
             while self.closings:
                 closing = min(self.closings, key=self.closings.__getitem__)
