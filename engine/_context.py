@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ._flights import Flight
     from ._flow import Flow
     from ._futures import RunFuture
+    from ._generators import Channel, Link
     from ._limits import Hold, Slots
     from ._task import Task
     from ._transaction import transaction
@@ -56,18 +57,18 @@ class Run(Life):
     """The innermost transaction that the run is part of."""
     tags: frozenset[str] = frozenset()
     reason: str = ""
+    links: Sequence[Link] = ()
+    """The streams that the run reads, with the values that it has in hand."""
     holds: dict[Slots, Hold] | None = None
     """The slots that the run's body has."""
-    leads: int = 0
-    """How many keys the run holds, so that nobody else executes them."""
-    _blocked_on: list[Flight] | None = None
+    _blocked_on: dict[Flight, int] | None = None
     key: str | None = None
     name_template: str | Callable[..., str] | None = None
+    carrier: asyncio.Task[Any] | None = None
+    """The asyncio task of a run that an engine knows of."""
     _id: str | None = None
     _name: str | None = None
 
-    carrier: asyncio.Task[Any] | None = None
-    """The asyncio task of a run that an engine knows of."""
     if TYPE_CHECKING:
         parameters: dict[str, Any]
 
@@ -83,10 +84,10 @@ class Run(Life):
             self.enter("wait")
 
     @property
-    def blocked_on(self) -> list[Flight]:
-        """The keys that this run, or one that it called, waits for while it holds others."""
+    def blocked_on(self) -> dict[Flight, int]:
+        """The keys that this run, and those that it called, wait for, and how many of them do."""
         if self._blocked_on is None:
-            self._blocked_on = []
+            self._blocked_on = {}
         return self._blocked_on
 
     @property
@@ -191,6 +192,8 @@ class TaskRun(Run):
 
     flow_run: FlowRun | None = None
     wait_for: Iterable[Any] = ()
+    channel: Channel | None = None
+    """Where the values of a generator task go."""
     _parameters: dict[str, Any] | None = None
 
     def __init__(

@@ -23,7 +23,7 @@ from ._logging import logger
 from ._policies import DEFAULT, CachePolicy, Components
 
 if TYPE_CHECKING:
-    from ._caching import Call, Key
+    from ._committing import Call, Key
     from ._definition import Definition
 
 KEPT = 8

@@ -3,18 +3,22 @@
 The room of SERIALIZABLE calls. Only the leader looks the record up and talks to the lock manager; the others
 hold one future each, no thread, no slot, no connection. When the leader commits, all are served by its record;
 when it fails or is cancelled, the next one in line leads. Nothing here awaits anything but a waiter's own future.
+
+Who waits for whom is known at any moment: each wait is noted with the waiting run, its callers and their
+transactions (`blocked_on`). A wait that would close a cycle is refused when it begins, or, where a key passes to
+a transaction that itself waits, when that happens.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..locking import LockTimeoutError
 from ._context import Run
-from ._errors import DeadlockError
+from ._errors import ConfigurationError, DeadlockError, EngineClosedError
 from ._steps import Where
 
 if TYPE_CHECKING:
@@ -22,11 +26,15 @@ if TYPE_CHECKING:
 
 
 class Served(NamedTuple):
-    """A committed (or, within its transaction, staged) record: each call of `value` gives a value of its own."""
+    """A committed (or, within its transaction, staged) record: each call of `value` gives a value of its own.
+
+    `weight` is the number of bytes that have to be decoded for each; 0 where all share one immutable value.
+    """
 
     value: Callable[[], Any]
     run_id: str
     created: float
+    weight: int = 0
 
 
 class Lead(NamedTuple):
@@ -35,20 +43,70 @@ class Lead(NamedTuple):
     flight: Flight
 
 
-REENTRANT = object()
-"""The key is led by an ancestor of the run, or held by its transaction: it need not wait for itself."""
+class Inside(NamedTuple):
+    """The key is led by a caller of the run, or held by a transaction around it: it need not wait for itself."""
+
+    flight: Flight
+
+
+class Holding(Protocol):
+    """What a flight's leader has taken for it, outside of this process."""
+
+    def release(self, *, committed: bool = False) -> Awaitable[None]: ...
 
 
 class Flight:
     """One key that somebody leads. `leader` is a run, or the transaction that keeps the key until its outcome."""
 
-    __slots__ = ("leader", "manager", "waiters", "where")
+    __slots__ = ("held", "leader", "waiters", "where")
 
     def __init__(self, where: Where, leader: Any) -> None:
         self.where = where
         self.leader = leader
+        self.held: Holding | None = None
         # In order of arrival; an OrderedDict, because a cancelled waiter leaves from the middle.
         self.waiters: OrderedDict[asyncio.Future[Any], Run | transaction] = OrderedDict()
+
+    def keep(self, txn: transaction, served: Served | None) -> None:
+        """From now on the transaction keeps the key. Who waits inside of it is served by what is staged there.
+
+        The others go on waiting, unless the transaction waits for them: they get a DeadlockError.
+        """
+        self.leader = txn
+        for waiter, node in list(self.waiters.items()):
+            line = list(lineage(node))
+            if any(each is txn for each in line):
+                self._settle(waiter, served or Inside(self))
+            elif txn.blocked_on:
+                try:
+                    refuse_cycle(self, line)
+                except DeadlockError as error:
+                    self._settle(waiter, error)
+
+    def _settle(self, waiter: asyncio.Future[Any], outcome: Any) -> None:
+        del self.waiters[waiter]
+        if waiter.done():
+            return
+        if isinstance(outcome, Exception):
+            waiter.set_exception(outcome)
+        else:
+            waiter.set_result(outcome)
+
+
+class Patience:
+    """How long a run waits for a key in all, in the room and at the lock manager; for ever without `seconds`."""
+
+    __slots__ = ("_ends", "_loop", "seconds")
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._ends = None if seconds is None else self._loop.time() + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, 0 at the least."""
+        return None if self._ends is None else max(0.0, self._ends - self._loop.time())
 
 
 class Room:
@@ -56,71 +114,83 @@ class Room:
 
     def __init__(self) -> None:
         self._flights: dict[Where, Flight] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __len__(self) -> int:
+        """How many keys somebody leads."""
         return len(self._flights)
 
-    async def enter(
-        self, where: Where, run: Run | transaction, timeout: float | None
-    ) -> Lead | Served | object:
-        """Lead at once, or wait in line: `Lead`, the leader's record, or REENTRANT.
+    async def enter(self, where: Where, run: Run | transaction, patience: Patience) -> Lead | Served | Inside:
+        """Lead at once, or wait in line for the lead or the leader's record.
 
         Cancelled, it leaves the line, and passes the lead on if it had just been chosen.
 
         Raises:
             DeadlockError: The leader waits, directly or through others, for this run.
-            LockTimeoutError: Nobody was done within `timeout` seconds.
+            LockTimeoutError: The leader was not done in time.
+            EngineClosedError: The engine was closed meanwhile.
         """
+        self._check_loop()
         flight = self._flights.get(where)
         if flight is None:
             flight = self._flights[where] = Flight(where, run)
             return Lead(flight)
         line = list(lineage(run))
         if any(each is flight.leader for each in line):
-            return REENTRANT
-        refuse_cycle(flight, line)
-        return await self._wait(flight, run, line, timeout)
+            return Inside(flight)
+        if flight.leader.blocked_on:
+            refuse_cycle(flight, line)
+        return await self._wait(flight, run, line, patience)
+
+    def _check_loop(self) -> None:
+        """Futures of one loop must not be settled on another, where a copied context or a fork has led a run."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None and not self._loop.is_closed():
+                raise ConfigurationError(
+                    "A SERIALIZABLE run was started on another event loop than its engine's.",
+                    "Open an engine of its own there: `async with Engine(…):`.",
+                )
+            self._flights.clear()  # of a loop that ended without its runs
+            self._loop = loop
 
     async def _wait(
-        self, flight: Flight, run: Run | transaction, line: list[Any], timeout: float | None
-    ) -> Lead | Served:
+        self, flight: Flight, run: Run | transaction, line: list[Any], patience: Patience
+    ) -> Lead | Served | Inside:
         loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Lead | Served | None] = loop.create_future()
+        waiter: asyncio.Future[Lead | Served | Inside | None] = loop.create_future()
         flight.waiters[waiter] = run
         run.begin_waiting()
-        leading = [each for each in line if each.leads]
-        for each in leading:
-            each.blocked_on.append(flight)
-        timer = None if timeout is None else loop.call_later(timeout, _expire, waiter)
+        for each in line:
+            each.blocked_on[flight] = each.blocked_on.get(flight, 0) + 1
+        left = patience.left
+        timer = None if left is None else loop.call_later(left, _expire, waiter)
         try:
             outcome = await waiter
         except BaseException:
-            if waiter.done() and not waiter.cancelled() and isinstance(waiter.result(), Lead):
-                self.finish(flight, None)  # chosen and cancelled in one step: the next one's turn
+            if waiter.done() and not waiter.cancelled() and not waiter.exception():
+                outcome = waiter.result()
+                if isinstance(outcome, Lead):  # chosen and cancelled in one step: the next one's turn
+                    self.finish(outcome.flight, None)
             raise
         finally:
             flight.waiters.pop(waiter, None)
-            for each in leading:
-                each.blocked_on.remove(flight)
+            for each in line:
+                _unblock(each.blocked_on, flight)
             if timer is not None:
                 timer.cancel()
         if outcome is None:
-            assert timeout is not None
-            raise LockTimeoutError(flight.where[1], run.name, flight.where[0], timeout)
+            assert patience.seconds is not None
+            where, key = flight.where
+            raise LockTimeoutError(key, run.name, where, patience.seconds, flight.leader.name)
         return outcome
-
-    def serve(self, flight: Flight, served: Served, whom: Callable[[Any], bool] | None = None) -> None:
-        """Give the record to all waiters, or to those within the transaction that staged it."""
-        for waiter, run in list(flight.waiters.items()):
-            if whom is None or whom(run):
-                flight.waiters.pop(waiter, None)
-                if not waiter.done():
-                    waiter.set_result(served)
 
     def finish(self, flight: Flight, served: Served | None) -> None:
         """The leader is done: serve everybody, or let the next one in line lead."""
+        flight.held = None
         if served is not None:
-            self.serve(flight, served)
+            for waiter in list(flight.waiters):
+                flight._settle(waiter, served)
         while flight.waiters:
             waiter, run = flight.waiters.popitem(last=False)
             if not waiter.done():
@@ -130,10 +200,28 @@ class Room:
         if self._flights.get(flight.where) is flight:
             del self._flights[flight.where]
 
+    async def aclose(self) -> None:
+        """Free the keys of runs that outlive their engine, and send away who waits for them."""
+        flights, self._flights, self._loop = list(self._flights.values()), {}, None
+        for flight in flights:
+            for waiter, run in list(flight.waiters.items()):
+                flight._settle(waiter, EngineClosedError(run.name))
+            held, flight.held = flight.held, None
+            if held is not None:
+                await held.release()
+
 
 def _expire(waiter: asyncio.Future[Any]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def _unblock(blocked_on: dict[Flight, int], flight: Flight) -> None:
+    left = blocked_on[flight] - 1
+    if left:
+        blocked_on[flight] = left
+    else:
+        del blocked_on[flight]
 
 
 def lineage(node: Run | transaction | None) -> Iterator[Any]:
@@ -166,10 +254,10 @@ def refuse_cycle(flight: Flight, line: list[Any]) -> None:
         if id(at) in seen:
             return
         seen.add(id(at))
-        for next_flight in at.leader.blocked_on:
-            link = [*chain, f"{at.leader.name} waits for {next_flight.where[1]!r}"]
-            if any(each is next_flight.leader for each in line):
-                raise DeadlockError([*link, f"held by {next_flight.leader.name}"])
-            search(next_flight, link)
+        for after in at.leader.blocked_on:
+            link = [*chain, f"{at.leader.name} waits for {after.where[1]!r}"]
+            if any(each is after.leader for each in line):
+                raise DeadlockError([*link, f"held by {after.leader.name}"])
+            search(after, link)
 
     search(flight, [f"{line[0].name} waits for {flight.where[1]!r}"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..locking import Lease, LockManager, LockTimeoutError, LockUnavailableError
+from ..locking import Lease, LockManager, LockTimeoutError
+from ._commit import uncancelled
 from ._errors import ConfigurationError
-from ._flights import Flight, Lead
+from ._flights import Flight, Lead, Patience
 from ._logging import logger
 from ._policies import IsolationLevel
 from ._records import Hit
@@ -24,6 +25,7 @@ class Held:
 
     def __init__(self, flight: Flight, lease: Lease) -> None:
         self.flight = flight
+        flight.held = self
         self._lease = lease
 
     @property
@@ -42,14 +44,14 @@ class Held:
         """Free the key; where the lock server cannot be reached, its lease ends by itself."""
         try:
             await self._lease.release()
-        except LockUnavailableError as error:
+        except Exception as error:  # a lock manager of the user's own may raise anything
             logger.warning("%s The key is free when its lease ends.", error)
 
 
 def isolation_of(
     run: TaskRun | FlowRun, policy: CachePolicy | None, txn: transaction | None
 ) -> tuple[bool, LockManager | None]:
-    """Whether the run is SERIALIZABLE, and the lock manager: the policy's, else the open transaction's, else the engine's.
+    """Whether the run is SERIALIZABLE, and the lock manager: the policy's, else the transaction's, else the engine's.
 
     Raises:
         ConfigurationError: SERIALIZABLE, and nobody locks.
@@ -73,56 +75,59 @@ def isolation_of(
 
 
 async def hold(
-    holder: TaskRun | FlowRun | transaction, flight: Flight, manager: LockManager, timeout: float | None
+    holder: TaskRun | FlowRun | transaction, flight: Flight, manager: LockManager, patience: Patience
 ) -> Held:
     """Take the key from the lock manager; a run says Waiting where it is not free at once.
 
     Raises:
-        LockTimeoutError: It was not free within `timeout` seconds.
+        LockTimeoutError: It was not free in time.
         LockUnavailableError: The lock server does not answer.
     """
     key = flight.where[1]
     lease = await manager.acquire(key, holder.id, timeout=0)
     if lease is None:
         holder.begin_waiting()
-        lease = await manager.acquire(key, holder.id, timeout=timeout)
+        lease = await manager.acquire(key, holder.id, timeout=patience.left)
     if lease is None:
-        assert timeout is not None
-        raise LockTimeoutError(key, holder.name, manager.url, timeout)
+        assert patience.seconds is not None
+        raise LockTimeoutError(key, holder.name, manager.url, patience.seconds)
     return Held(flight, lease)
 
 
 async def open_keyed(txn: transaction, timeout: float | None) -> None:
-    """The opening of a keyed transaction: hold its key where it is SERIALIZABLE, and look its record up."""
-    engine = txn._engine
-    place = txn._place()
-    key = txn._own_key()
-    if txn.isolation_level is IsolationLevel.SERIALIZABLE and not any(
-        held.flight.where[1] == key for held in txn.held
-    ):
-        assert txn.lock_manager is not None
-        found = None if txn.overwrite else await engine.records.lookup(place, key)
-        if not isinstance(found, Hit):
-            await _hold_for(txn, timeout)
-    found = None if txn.overwrite else await engine.records.lookup(place, key)
-    if isinstance(found, Hit):
+    """The opening of a keyed transaction: look its record up, and hold its key where it is SERIALIZABLE.
+
+    Cancelled, it holds nothing.
+    """
+    try:
+        await _open_keyed(txn, timeout)
+    except BaseException:
+        await uncancelled(txn._release(committed=False))
+        raise
+
+
+async def _open_keyed(txn: transaction, timeout: float | None) -> None:
+    records, place, key = txn._engine.records, txn._place(), txn._own_key()
+    found = None if txn.overwrite else await records.lookup(place, key)
+    if not isinstance(found, Hit) and txn.isolation_level is IsolationLevel.SERIALIZABLE:
+        await _hold_for(txn, Patience(timeout))
+        found = await records.lookup(place, key, exclusive=True)
+    if isinstance(found, Hit) and not txn.overwrite:
         txn.state = "COMMITTED"
         await txn._release(committed=False)
     elif found is not None:
         txn._expectation = (found.version, bool(txn.held))
 
 
-async def _hold_for(txn: transaction, timeout: float | None) -> None:
+async def _hold_for(txn: transaction, patience: Patience) -> None:
     """Take a keyed transaction's key, in the same room and of the same manager as runs do."""
     engine = txn._engine
     assert txn.lock_manager is not None
-    entered = await engine.flights.enter((txn._place().records.url, txn._own_key()), txn, timeout)
+    entered = await engine.flights.enter((txn._place().records.url, txn._own_key()), txn, patience)
     if not isinstance(entered, Lead):
         return  # served by another's commit, or held by this very tree
     try:
-        held = await hold(txn, entered.flight, txn.lock_manager, timeout)
+        txn.held.append(await hold(txn, entered.flight, txn.lock_manager, patience))
     except BaseException:
         engine.flights.finish(entered.flight, None)
         raise
-    txn.leads += 1
-    txn.held.append(held)

@@ -88,6 +88,8 @@ class Miss(NamedTuple):
     reason: str
     header: Header | None = None
     version: str | None = ANY
+    plain: Buffer | None = None
+    """All of the object, where it is a record that the first read had whole."""
 
 
 @dataclass(slots=True)
@@ -160,7 +162,9 @@ class Records(Failures):
 
     # --- look-up
 
-    async def lookup(self, place: Place, key: str, *, exclusive: bool = False) -> Hit | Miss:
+    async def lookup(
+        self, place: Place, key: str, *, exclusive: bool = False, begun: Stored | None = None
+    ) -> Hit | Miss:
         """The committed record under `key`, or why there is none to serve.
 
         Costs one read of the record's storage, and one more of the result storage where the value lies apart
@@ -172,13 +176,14 @@ class Records(Failures):
             key: Which.
             exclusive: The caller holds the key: a transaction that is about to commit it is waited for, so
                 that the version of a miss is one that the caller's own commit may insist on.
+            begun: What the caller has read of the object already, from its start.
         """
         try:
             for _ in range(RACES):
                 try:
-                    return await self._read(place, key, exclusive)
+                    return await self._read(place, key, exclusive, begun)
                 except ConditionFailedError:
-                    continue  # replaced between two reads: somebody has committed
+                    begun = None  # replaced between two reads: somebody has committed
             return await self._read(place, key, exclusive)
         except ObjectNotFoundError:
             self._copies.drop((place.records.url, key))
@@ -188,11 +193,14 @@ class Records(Failures):
             # To write it if it is absent is worth a try: where that is wrong, the commit finds out.
             return Miss("record unreadable", None, ANY if exclusive else ABSENT)
 
-    async def _read(self, place: Place, key: str, exclusive: bool) -> Hit | Miss:
+    async def _read(
+        self, place: Place, key: str, exclusive: bool, stored: Stored | None = None
+    ) -> Hit | Miss:
         records = place.records
         where = (records.url, key)
-        copy = self._copies.get(where)
-        stored = await records.fetch(key, 0, FIRST, unless=copy.version if copy is not None else None)
+        copy = self._copies.get(where) if stored is None else None
+        if stored is None:
+            stored = await records.fetch(key, 0, FIRST, unless=copy.version if copy is not None else None)
         if stored is None:
             assert copy is not None
             return await self._from_copy(place, where, copy)
@@ -200,7 +208,8 @@ class Records(Failures):
         try:
             beginning = await self._whole_header(records, key, stored)
             header, offset = unpack_header(beginning, signing_keys=self.signing_keys)
-            if header.kind in ("intent", "claim", "free"):
+            is_hidden = header.kind in ("intent", "claim", "free")
+            if is_hidden:
                 if exclusive and header.kind == "intent":
                     await self.wait_for_outcome((records.url, key))
                     return await self._read(place, key, exclusive)
@@ -213,17 +222,15 @@ class Records(Failures):
                 raise CorruptRecordError(f"it belongs to the key {header.key!r}")
             refusal = self._refusal(place, header)
             if refusal is not None:
-                return Miss(refusal, header, version)
+                is_whole = stored.version == version and len(stored.data) == stored.size
+                return Miss(refusal, header, version, stored.data if is_whole and not is_hidden else None)
             if header.location is not None and stored.size == offset:
                 value = await self._read_apart(place, header, key, stored.version)
             else:
                 value = await self._read_payload(place, header, stored, offset)
-                if (
-                    version == stored.version
-                    and type(stored.data) is bytes
-                    and len(stored.data) == stored.size
-                ):
-                    segments = split(header, memoryview(stored.data)[offset:])
+                if version == stored.version and len(stored.data) == stored.size:
+                    # Bytes of its own: a value may be made from the buffer that was read, and then be changed.
+                    segments = split(header, bytes(memoryview(stored.data)[offset:]))
                     self._copies.put(where, Copy(stored.version, header, segments, _shareable(value)))
         except ConditionFailedError:
             raise
@@ -512,12 +519,21 @@ class Records(Failures):
         segments = prepared.segments
         if not is_snapshot:  # buffers may be views of an array that the first caller goes on to change
             segments = [bytes(segment) for segment in segments]
-        serializer = prepared.place.serializer
-        return Served(
-            lambda: decode(header.serializer, segments, using=serializer, imports=True),
-            header.run_id,
-            header.created,
-        )
+        return _served(header, header.serializer, segments, prepared.place.serializer)
+
+    def served_hit(self, place: Place, hit: Hit) -> Served | None:
+        """What was read, for others to be served from; None where that would take longer than to read it again."""
+        value, header = _shareable(hit.value), hit.header
+        if value is not MISSING:
+            return Served(lambda: value, header.run_id, header.created)
+        if is_heavy(hit.value):
+            return None
+        try:
+            encoded = place.serializer.encode(hit.value)
+        except StorageError:  # it came from another serializer, which this one does not cover
+            return None
+        segments = [bytes(segment) for segment in encoded.segments]
+        return _served(header, encoded.serializer, segments, place.serializer)
 
     async def invalidate(self, place: Place, key: str) -> bool:
         """Drop the record under `key` and the value it names; whether there was a record.
@@ -542,6 +558,15 @@ class Records(Failures):
         if fixed is not None:
             await place.storage.delete(fixed)
         return dropped
+
+
+def _served(header: Header, name: str, segments: Sequence[Buffer], serializer: Serializer) -> Served:
+    return Served(
+        lambda: decode(name, segments, using=serializer, imports=True),
+        header.run_id,
+        header.created,
+        sum(map(len, segments)),
+    )
 
 
 def _expected(header: Header, version: str) -> str | None:

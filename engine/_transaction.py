@@ -94,8 +94,7 @@ class transaction:
         """Whether tasks inside stage their records here; a task's own transaction only carries its hooks."""
         self.is_savepoint = False
         """Whether it is a task run's own, and not a block of the user's."""
-        self.leads = 0
-        self.blocked_on: list[Flight] = []
+        self.blocked_on: dict[Flight, int] = {}
         self._storage = storage
         self._lock_timeout = lock_timeout
         self._values: dict[str, Any] = {}
@@ -296,9 +295,8 @@ class transaction:
         parent._keyed += self._keyed
         parent._broken = parent._broken or self._broken
         for held in self.held:
-            held.flight.leader = parent
-            parent.leads += 1
-        parent.held += self.held
+            parent.held.append(held)
+            held.flight.keep(parent, parent.staged(held.flight.where))
         self.held = []
         self.state = "STAGED" if self.state == "ACTIVE" else self.state
         parent._inner.append(self)
@@ -393,9 +391,10 @@ class transaction:
         held, self.held = self.held, []
         for each in held:
             staged = self._staged.get(each.flight.where) if committed else None
-            await each.release(committed=staged is not None)
-            self._engine.flights.finish(each.flight, staged.served if staged is not None else None)
-        self.leads = 0
+            try:
+                await each.release(committed=staged is not None)
+            finally:  # a waiter that is not woken waits for ever
+                self._engine.flights.finish(each.flight, staged.served if staged is not None else None)
 
     async def _call(self, event: str) -> None:
         """Call the hooks of the outcome: commits in order, rollbacks in reverse. One that raises is logged."""
