@@ -1,77 +1,113 @@
-"""The record of a stream: its values in chunks, written and read one at a time."""
+"""The stored form of a stream: its values in chunks, written and read one at a time.
+
+A chunk is an object of its own, of 1 MiB or one value, written while the stream is read; the stream's record
+names them all and is committed when the body has ended. So storing and replaying need memory for a chunk or two.
+A stream that is broken off, or fails, leaves no record, and its chunks are removed.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from ..storage import StorageError
-from ..storage._weight import weigh
-from ._caching import Call, commit, look_up_value
-from ._context import new_id
+from ..storage import SerializationError, StorageError
+from ..storage._serializers import decode
+from ..storage._weight import is_heavy, weigh
+from ._caching import policy_of
+from ._commit import uncancelled
+from ._context import TaskRun, new_id
+from ._errors import CacheKeyError
 from ._logging import logger
-from ._records import Facts, Hit
-from ._steps import ABSENT, ANY
+from ._records import SHAREABLE, Facts, Hit, Place
+from ._steps import ABSENT
 
 CHUNK = 1024 * 1024
 """Bytes, roughly, after which a chunk is written."""
+_MARK = "onceflow.stream"
+
+
+def _place_of(run: TaskRun) -> Place:
+    """Where the chunks of a run's stream lie: with its values."""
+    place = run.engine.place_for(run, policy_of(run, run.task))
+    return place._replace(key_storage=None, location=None)
 
 
 class ChunkWriter:
     """Collects values, and writes a chunk whenever enough have come together."""
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, run: TaskRun, place: Place) -> None:
+        self._run = run
+        self._place = place
         self._values: list[Any] = []
         self._weight = 0
+        self._count = 0
         self._keys: list[str] = []
-        self._is_broken = False
+        self._error: Exception | None = None
+
+    @classmethod
+    def of(cls, run: TaskRun) -> ChunkWriter | None:
+        """For a run that has a key, and so will have a record."""
+        if run.key is None:
+            return None
+        try:
+            return cls(run, _place_of(run))
+        except CacheKeyError:
+            return None  # the run has warned of it, and goes without a record
 
     async def add(self, value: Any) -> None:
-        if self._is_broken:
+        """Take a value in, as it is now: its reader may go on to change it."""
+        if self._error is not None:
             return
-        self._values.append(value)
-        self._weight += weigh(value)
-        if self._weight >= CHUNK:
-            await self._write()
-
-    async def _write(self) -> None:
-        run = self._call.run
-        key = f"chunk-{new_id()}"
-        values, self._values, self._weight = self._values, [], 0
         try:
-            place = self._call.place._replace(key_storage=None, location=None)
-            facts = Facts(run.id, self._call.definition.name)
-            prepared = await run.engine.records.prepare(place, key, values, facts)
-            self._keys.append(key)
-            await run.engine.records.write(prepared, expect=ABSENT)
-        except (StorageError, OSError) as error:
-            self._is_broken = True
-            logger.warning(
-                "%s %r - its stream could not be stored, and is not cached: %s",
-                self._call.definition.kind, run.name, error,
-            )  # fmt: skip
+            if type(value) in SHAREABLE:
+                size = weigh(value)
+            elif is_heavy(value):
+                value, size = await self._run.engine.in_thread(self._copy, value)
+            else:
+                value, size = self._copy(value)
+            self._values.append(value)
+            self._count += 1
+            self._weight += size
+            if self._weight >= CHUNK:
+                await self._write()
+        except Exception as error:  # a storage or serializer of the user's own may raise anything
+            self._error = error
+            self._values.clear()
             await self.discard()
 
-    async def commit(self) -> None:
-        """The stream was read to its end: write the last chunk, and the record that names them all."""
-        if self._is_broken:
-            return
-        await self._write()
-        if self._is_broken:
-            return
-        run = self._call.run
-        run.states[-1].data = self._keys
-        try:
-            await commit(self._call, ANY)
-        finally:
-            run.states[-1].data = None
+    def _copy(self, value: Any) -> tuple[Any, int]:
+        """A value of our own, and how many bytes it takes."""
+        serializer = self._place.serializer
+        encoded = serializer.encode(value)
+        segments = [bytes(segment) for segment in encoded.segments]
+        value = decode(encoded.serializer, segments, using=serializer, imports=True)
+        return value, sum(map(len, segments))
+
+    async def _write(self) -> None:
+        run = self._run
+        key = f"chunk-{new_id()}"
+        values, self._values, self._weight = self._values, [], 0
+        prepared = await run.engine.records.prepare(self._place, key, values, Facts(run.id, run.task.name))
+        self._keys.append(key)
+        await run.engine.records.write(prepared, expect=ABSENT)
+
+    async def finish(self) -> Any:
+        """The stream was read to its end: write the last chunk. What the record shall say."""
+        if self._error is None and (self._values or not self._keys):
+            try:
+                await self._write()
+            except Exception as error:  # as above
+                self._error = error
+                await self.discard()
+        if self._error is not None:
+            return _Unstored(self._error)
+        return {_MARK: self._keys, "count": self._count}
 
     async def discard(self) -> None:
         """Remove what was written of a stream that did not come to its end."""
         keys, self._keys = self._keys, []
-        storage = self._call.place.storage
+        storage = self._place.storage
         for key in keys:
             try:
                 await storage.delete(key)
@@ -79,53 +115,60 @@ class ChunkWriter:
                 logger.warning("The chunk %r of a broken stream stays in %s: %s", key, storage.url, error)
 
 
-class ChunkReader:
-    """Replays a stream, one chunk in memory at a time and the next on its way."""
+class _Unstored:
+    """What stands in for the record of a stream that could not be stored: it cannot be stored either, and says why."""
 
-    def __init__(self, call: Call, keys: list[str], first: list[Any]) -> None:
-        self._call = call
-        self._keys = keys
-        self._first = first
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __reduce__(self) -> Any:
+        raise SerializationError("stream", str(self._error)) from self._error
+
+
+class ChunkReader:
+    """Replays the stream that a run was served, one chunk in memory and the next on its way."""
+
+    def __init__(self, run: TaskRun) -> None:
+        self._run = run
+        self._place = _place_of(run)
         self.count = 0
         """How many values have been read."""
         self.is_whole = False
         """Whether they were all there. A chunk that cannot be read ends the iteration, with a warning."""
 
-    @classmethod
-    async def open(cls, call: Call) -> ChunkReader | None:
-        """The committed stream under the key, if there is one whose first chunk can be read."""
-        keys = await look_up_value(call)
-        if type(keys) is not list or not keys:
-            return None
-        first = await cls._read(call, keys[0])
-        return None if first is None else cls(call, keys, first)
-
-    @staticmethod
-    async def _read(call: Call, key: str) -> list[Any] | None:
-        place = call.place._replace(key_storage=None, location=None)
-        chunk = await call.run.engine.records.lookup(place, key)
-        return chunk.value if isinstance(chunk, Hit) else None
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        values = self._first
-        for following in [*self._keys[1:], None]:
-            fetch = None if following is None else asyncio.ensure_future(self._read(self._call, following))
-            try:
+    async def values(self) -> AsyncGenerator[Any, None]:
+        """The values, or the beginning of them."""
+        record = self._run.state.data
+        if type(record) is not dict or _MARK not in record:
+            self._warn("what is stored under its key is no stream, so it runs")
+            return
+        fetch: asyncio.Task[list[Any] | None] | None = None
+        try:
+            keys = [*record[_MARK]]
+            for position in range(len(keys)):
+                values = await (fetch or self._read(keys[position]))
+                fetch = None
+                if values is None:
+                    self._warn("a part of its stored stream is gone, so it runs again for the rest")
+                    return
+                if position + 1 < len(keys):
+                    fetch = asyncio.ensure_future(self._read(keys[position + 1]))
                 for value in values:
                     self.count += 1
                     yield value
-            except BaseException:
-                if fetch is not None:
-                    fetch.cancel()
-                raise
-            if fetch is None:
-                break
-            chunk = await fetch
-            if chunk is None:
-                logger.warning(
-                    "%s %r - a part of its stored stream is gone, so it runs again for the rest",
-                    self._call.definition.kind, self._call.run.name,
-                )  # fmt: skip
-                return
-            values = chunk
+        finally:
+            if fetch is not None:
+                fetch.cancel()
+                await uncancelled(_ended(fetch))
         self.is_whole = True
+
+    async def _read(self, key: str) -> list[Any] | None:
+        chunk = await self._run.engine.records.lookup(self._place, key)
+        return chunk.value if isinstance(chunk, Hit) else None
+
+    def _warn(self, text: str) -> None:
+        logger.warning("%s %r - %s", self._run.kind, self._run.name, text)
+
+
+async def _ended(fetch: asyncio.Task[Any]) -> None:
+    await asyncio.wait([fetch])

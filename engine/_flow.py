@@ -14,6 +14,7 @@ from ._context import FlowRun, TaskRun, current_run, current_tags, current_trans
 from ._definition import Definition, F, check_no_wait_for
 from ._engine import Engine, ambient, ambient_now, current_engine
 from ._futures import FlowFuture, FutureList, RunFuture
+from ._generators import parent_for
 from ._observing import observers
 from ._options import FlowOptions
 from ._owning import cancel_all, finish
@@ -60,6 +61,8 @@ class Flow(Definition[P, R]):
 
     async def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlowRun:
         parent = current_run.get()
+        if parent is not None and parent.links:
+            parent = parent_for(parent, args, kwargs)
         run = FlowRun(self, self.bind(args, kwargs), parent)
         if parent is None:
             run.engine = ambient_now() or await ambient(f"Flow {self.name!r}")
@@ -109,7 +112,7 @@ class Flow(Definition[P, R]):
         )
         work.add_done_callback(partial(_has_ended, run))
         run.carrier = future._work = work
-        engine.live[run.id] = run
+        engine.live.add(run)
         engine.running.add(future)
         return future
 

@@ -1,44 +1,62 @@
 """Generator tasks: values stream while the body runs, and a stream that was read to its end can be replayed.
 
-A cached stream lies in chunks of up to 1 MiB, each an object of its own, written while the stream is read; the
-record names them, and is committed when the body has ended. So both ways need memory for one chunk only. A
-stream that is broken off, or fails, leaves no record, and its chunks are removed.
+The body of a generator task is a run like any other, in an asyncio task of its own: it iterates over the user's
+generator, and hands each value over when the consumer asks for it. So retries, limits, hooks, transactions and
+SERIALIZABLE mean what they mean for every run, and what the generator opens across a `yield` (a timeout, a task
+group) stays in one asyncio task, which a bare async generator cannot promise.
+
+A cached stream lies in chunks (`_chunks`); its record, the run's result, names them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import inspect
-from collections.abc import AsyncIterator, Callable, Generator
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from contextlib import aclosing
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from . import _caching
 from ._chunks import ChunkReader, ChunkWriter
 from ._commit import uncancelled
-from ._context import TaskRun, current_run
+from ._context import FlowRun, TaskRun
 from ._errors import RunTimeoutError
-from ._run import attempts, end, marked_in, resolve
+from ._futures import TaskFuture
+from ._kernel import Retry
+from ._owning import owner_here
+from ._run import BodyTimeout, forget, perform_submitted
 from ._states import State
+from ._sync import in_thread
 
 if TYPE_CHECKING:
-    from ._task import Task
+    from ._engine import Engine
+    from ._task import GeneratorTask
 
 T = TypeVar("T")
 _END = object()
+_NO_RETRY = Retry()
 
 
 class RunStream(Generic[T]):
     """The run of a generator task: `async for value in t(x)`, or `await t(x)` for all values in a list.
 
-    The state is Running while the stream is open, Completed at its end, Cancelled where it is closed early.
+    Nothing runs before the first value is asked for, and the body goes on only when the next one is. The state
+    is Running while the stream is open, Completed or Cached at its end, Cancelled where it was closed early or
+    its reader was cancelled. A reader that leaves its loop closes the stream by dropping it, at the latest the
+    enclosing flow run closes it when it ends; `aclose()` does at once, and waits for the body's clean-up.
+
+    A task or flow that is called with the value just read, by whoever reads, has the stream's run as its parent.
     """
 
-    def __init__(self, task: Task[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._task = task
-        self._arguments = (args, kwargs)
-        self.run: TaskRun | None = None
-        self._values = self._stream()
+    def __init__(self, task: GeneratorTask[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._link = Link()
+        # It does not know this object, so that dropping that one closes it.
+        self._values = _read(self._link, task, args, kwargs)
+
+    @property
+    def run(self) -> TaskRun | None:
+        """The run; None before the first value was asked for."""
+        return self._link.run
 
     @property
     def state(self) -> State[Any] | None:
@@ -53,7 +71,7 @@ class RunStream(Generic[T]):
         return value
 
     async def aclose(self) -> None:
-        """Close the stream: the body ends at its current yield."""
+        """Close the stream: the body ends at its current yield, and what it stored of the values is removed."""
         await self._values.aclose()
 
     def __await__(self) -> Generator[Any, None, list[T]]:
@@ -62,112 +80,290 @@ class RunStream(Generic[T]):
     async def _all(self) -> list[T]:
         return [value async for value in self]
 
-    async def _stream(self) -> Any:
-        """One run, from its call to its final state, with a stop at every value."""
-        run = self.run = await self._task._begin(*self._arguments)
-        task = self._task
-        if marked := marked_in(run):
-            await resolve(run, marked)
-        writer: ChunkWriter | None = None
-        skip = 0
-        if _caching.wanted(run, task):
-            call = await _caching.call_for(run, task, attempts)
-            if call is not None:
-                stored = await ChunkReader.open(call)
-                if stored is not None:
-                    async for value in stored:
-                        yield value
-                    if stored.is_whole:
-                        run.enter("hit")
-                        await end(run, task)
-                        return
-                    run.reason = "ran: a part of the stored stream is gone"
-                    skip = stored.count
-                writer = ChunkWriter(call)
-        run.start()
-        body = _Body(task, run)
+
+class Link:
+    """The run of a stream, and the value that its reader has in hand: how consumers find their parent."""
+
+    __slots__ = ("reader", "run", "value")
+
+    def __init__(self) -> None:
+        self.reader: TaskRun | FlowRun | None = None
+        self.run: TaskRun | None = None
+        self.value: Any = _END
+
+    def show(self, value: Any) -> None:
+        """The reader has this value now."""
+        self.value = value
+        if self.reader is None and self.run is not None and self.run.parent is not None:
+            self.reader = self.run.parent
+            self.reader.links = [*self.reader.links, self]
+
+    def hide(self) -> None:
+        """The reader asks for the next value, or for no more."""
+        self.value = _END
+        if self.reader is not None:
+            self.reader.links = [link for link in self.reader.links if link is not self]
+            self.reader = None
+
+
+def parent_for(caller: TaskRun | FlowRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskRun | FlowRun:
+    """The parent of a call: the stream whose value the caller has just read and passes on, else the caller."""
+    for link in reversed(caller.links):
+        if any(value is link.value for value in (*args, *kwargs.values())):
+            assert link.run is not None
+            return link.run
+    return caller
+
+
+class StreamFuture(TaskFuture[T]):
+    """The future of an open stream, as its owner sees it: closed, not awaited, when all else has ended."""
+
+    __slots__ = ()
+    is_stream = True
+
+    def __init__(self, run: TaskRun) -> None:
+        super().__init__(run)
+        self._observed = True  # whatever happens is raised to the reader, if there still is one
+
+
+class _NoOwner:
+    """Stands for the owner of a stream that is read outside of a flow, a transaction and an engine's block."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.running: set[Any] = set()
+        self.failed: list[Any] = []
+
+
+class _Reading(Generic[T]):
+    """The reader's end of a run that is under way."""
+
+    def __init__(self, run: TaskRun, link: Link) -> None:
+        self.run = link.run = run
+        self._link = link
+        self._channel = run.channel = Channel()
+        here = owner_here()
+        owner: Any = here[0] if here is not None else _NoOwner(run.engine)
+        self._future: StreamFuture[T] = StreamFuture(run)
+        self._future.owner = owner
+        self._future._work = run.carrier = asyncio.get_running_loop().create_task(
+            perform_submitted(self._future, owner)
+        )
+        owner.running.add(self._future)
+        self._future._work.add_done_callback(self._ended)
+        if run.parent is None:
+            run.engine.live.add(run)
+
+    def _ended(self, _: object) -> None:
+        self._channel.end()
+        self._future.owner.running.discard(self._future)
+        forget(self.run)
+
+    async def values(self) -> AsyncGenerator[T, None]:
+        """The values as the body yields them; the body's failure is raised, and ends with the run all told."""
         try:
-            while (value := await body.next_value()) is not _END:
-                if writer is not None:
-                    await writer.add(value)
-                if skip:
-                    skip -= 1  # the consumer has it from the part of the record that could be read
-                    continue
+            while (value := await self._channel.ask()) is not _END:
+                self._link.show(value)
                 yield value
-        except GeneratorExit:
-            run.enter("cancel", message="the stream was closed before its end")
-            await self._break_off(body, writer)
-            raise
+                self._link.hide()
         except asyncio.CancelledError:
-            run.enter("cancel", message="cancelled while it ran")
-            await self._break_off(body, writer)
+            self._future._work.cancel()
             raise
-        except Exception as error:
-            run.timed_out(error) if isinstance(error, RunTimeoutError) else run.raised(error)
-            await self._break_off(body, writer)
-            raise
-        run.enter("complete")
-        if writer is not None:
-            await writer.commit()
-        await end(run, task)
+        finally:
+            self._link.hide()
+            self._channel.close()
+            await uncancelled(_until_over(self._future._work))
+        state = self._future.state
+        if not state.is_completed():
+            raise state.error()
 
-    async def _break_off(self, body: _Body, writer: ChunkWriter | None) -> None:
-        async def clean_up() -> None:
-            await body.aclose()
+
+async def _until_over(work: asyncio.Task[None]) -> None:
+    await asyncio.wait([work])
+
+
+async def _read(
+    link: Link, task: GeneratorTask[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AsyncGenerator[Any, None]:
+    """All values of a stream: from its body, or its record; from another run of the body where that is not whole."""
+    run = await task._begin(args, dict(kwargs))
+    async with aclosing(_Reading[Any](run, link).values()) as values:
+        async for value in values:
+            yield value
+    if not run.state.is_cached():
+        run.state.data = None  # the names of the chunks are no business of anybody else
+        return
+    stored = ChunkReader(run)
+    try:
+        async with aclosing(stored.values()) as values:
+            async for value in values:
+                link.show(value)
+                yield value
+                link.hide()
+    finally:
+        link.hide()
+        run.state.data = None
+    if stored.is_whole:
+        return
+    run = await task.with_options(refresh_cache=True)._begin(args, dict(kwargs))
+    count = stored.count
+    async with aclosing(_Reading[Any](run, link).values()) as values:
+        async for value in values:
+            if count > 0:
+                count -= 1  # the reader has it from the part of the record that could be read
+            else:
+                yield value
+    run.state.data = None
+
+
+class Channel:
+    """Hands one value at a time from the body to the reader, each when it is asked for."""
+
+    __slots__ = ("_answer", "_is_closed", "_question")
+
+    def __init__(self) -> None:
+        self._question: asyncio.Future[None] | None = None
+        self._answer: asyncio.Future[Any] | None = None
+        self._is_closed = False
+
+    async def ask(self) -> Any:
+        """The reader wants the next value; _END when the run is over."""
+        if self._is_closed:
+            return _END
+        if self._answer is not None:
+            raise RuntimeError("This stream is being read by another asyncio task. Give each its own.")
+        self._answer = asyncio.get_running_loop().create_future()
+        if self._question is not None and not self._question.done():
+            self._question.set_result(None)
+        try:
+            return await self._answer
+        finally:
+            self._answer = None
+
+    async def give(self, value: Any) -> bool:
+        """The body has a value; returns when the next one is wanted, False when no more are."""
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(value)
+        if not self._is_closed:
+            self._question = asyncio.get_running_loop().create_future()
+            await self._question
+        return not self._is_closed
+
+    def close(self) -> None:
+        """The reader wants no more."""
+        self._is_closed = True
+        if self._question is not None and not self._question.done():
+            self._question.set_result(None)
+
+    def end(self) -> None:
+        """There are no more."""
+        self._is_closed = True
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(_END)
+
+
+# --- the body
+
+
+async def stream_body(task: GeneratorTask[..., Any], run: TaskRun) -> Any:
+    """Iterate over the user's generator, and hand its values over; returns what the stream's record shall say.
+
+    Once the reader has a value, a failure is final: another attempt would give it the same values again.
+    """
+    assert run.channel is not None
+    writer = ChunkWriter.of(run)
+    body: _Body = _AsyncBody(task, run) if task.is_async else _SyncBody(task, run)
+    try:
+        while (value := await _next_value(body, task, run)) is not _END:
             if writer is not None:
-                await writer.discard()
-            assert self.run is not None
-            await end(self.run, self._task)
+                await writer.add(value)
+            run.rule = _NO_RETRY
+            if not await run.channel.give(value):
+                run.enter("cancel", message="the stream was closed before its end")
+                raise asyncio.CancelledError
+        return await writer.finish() if writer is not None else None
+    except BaseException:
+        await uncancelled(_clean_up(body, writer))
+        raise
 
-        await uncancelled(clean_up())
+
+async def _next_value(body: _Body, task: GeneratorTask[..., Any], run: TaskRun) -> Any:
+    """The next value, within the task's timeout."""
+    seconds = task.timeout_seconds
+    if seconds is None:
+        return await body.next()
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            return await body.next()
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        timeout = RunTimeoutError(f"{task.kind} {run.name!r}", seconds)
+        timeout.__cause__ = error
+        raise BodyTimeout(timeout) from error
+
+
+async def _clean_up(body: _Body, writer: ChunkWriter | None) -> None:
+    try:
+        await body.aclose()
+    finally:
+        if writer is not None:
+            await writer.discard()
 
 
 class _Body:
-    """The user's generator, asked for one value at a time, in the context of its run."""
+    """The user's generator, asked for one value at a time."""
 
-    def __init__(self, task: Task[..., Any], run: TaskRun) -> None:
-        self._task = task
+    def __init__(self, task: GeneratorTask[..., Any], run: TaskRun) -> None:
         self._run = run
-        self._context = contextvars.copy_context()
-        self._context.run(current_run.set, run)
-        self._generator = self._context.run(task.fn, *run.args, **run.kwargs)
-        self._is_async = inspect.isasyncgen(self._generator)
+        self._generator = task.fn(*run.args, **run.kwargs)
 
-    async def next_value(self) -> Any:
-        """The next value, within the task's timeout; _END after the last."""
-        seconds = self._task.timeout_seconds
-        limit = asyncio.timeout(seconds)
-        try:
-            async with limit:
-                if self._is_async:
-                    return await self._in_context(_anext, self._generator)
-                return await self._run.engine.in_thread(self._context.run, _next, self._generator)
-        except TimeoutError as error:
-            if limit.expired() and seconds is not None:
-                raise RunTimeoutError(f"{self._task.kind} {self._run.name!r}", seconds) from error
-            raise
-
-    async def _in_context(self, fn: Callable[[Any], Any], generator: Any) -> Any:
-        token = current_run.set(self._run)
-        try:
-            return await fn(generator)
-        finally:
-            current_run.reset(token)
+    async def next(self) -> Any:
+        """The next value; _END after the last."""
+        raise NotImplementedError
 
     async def aclose(self) -> None:
-        if self._is_async:
-            await self._in_context(_close_async, self._generator)
-        else:
-            await self._run.engine.in_thread(self._context.run, self._generator.close)
+        """End it at its current yield."""
+        raise NotImplementedError
 
 
-async def _anext(generator: Any) -> Any:
-    return await anext(generator, _END)
+class _AsyncBody(_Body):
+    async def next(self) -> Any:
+        return await anext(self._generator, _END)
+
+    async def aclose(self) -> None:
+        await self._generator.aclose()
 
 
-async def _close_async(generator: Any) -> None:
-    await generator.aclose()
+class _SyncBody(_Body):
+    """Each step in a thread of the engine's, all of them in one context."""
 
+    def __init__(self, task: GeneratorTask[..., Any], run: TaskRun) -> None:
+        super().__init__(task, run)
+        self._context = copy_context()
+        self._lock = threading.Lock()
+        self._is_busy = False
+        self._is_closed = False
 
-def _next(generator: Any) -> Any:
-    return next(generator, _END)
+    async def next(self) -> Any:
+        self._is_busy = True
+        return await in_thread(self._run.engine, self._step)
+
+    def _step(self) -> Any:
+        try:
+            return self._context.run(next, self._generator, _END)
+        finally:
+            with self._lock:
+                self._is_busy = False
+                is_abandoned = self._is_closed
+            if is_abandoned:
+                self._context.run(self._generator.close)
+
+    async def aclose(self) -> None:
+        """As above; a step that is still under way in its thread closes the generator when it has ended."""
+        with self._lock:
+            self._is_closed = True
+            if self._is_busy:
+                return
+        await in_thread(self._run.engine, self._context.run, self._generator.close)

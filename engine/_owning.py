@@ -56,7 +56,11 @@ async def finish(owner: Owner, name: str) -> None:
         ExceptionGroup: The failures, each once; a BaseExceptionGroup where one is a crash.
     """
     while owner.running:
-        await asyncio.wait({future._work for future in owner.running})
+        works = {future._work for future in owner.running if not future.is_stream}
+        if not works:
+            await _cancel(owner)  # streams that were left open
+            break
+        await asyncio.wait(works)
         owner.running.difference_update([future for future in owner.running if future._work.done()])
     errors = unnoticed(owner.failed)
     owner.failed.clear()
@@ -73,10 +77,14 @@ def unnoticed(failed: Iterable[RunFuture[Any]]) -> list[BaseException]:
 
 async def cancel_all(owner: Owner) -> None:
     """Cancel the unfinished runs of an owner and wait until they have ended, those too that they start meanwhile."""
+    await _cancel(owner)
+    owner.failed.clear()
+
+
+async def _cancel(owner: Owner) -> None:
     while owner.running:
         works = {future._work for future in owner.running}
         for work in works:
             work.cancel()
         await asyncio.wait(works)
         owner.running.difference_update([future for future in owner.running if future._work.done()])
-    owner.failed.clear()

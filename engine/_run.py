@@ -247,20 +247,30 @@ async def _attempt(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> 
     prints = definition.log_prints
     if prints is not None or (run.parent is None and run.engine.settings.log_prints):
         with logged(prints is not False):
-            return await _attempt_within(run, definition, definition.timeout_seconds)
+            return await _attempt_within(run, definition)
     if definition.timeout_seconds is not None:
-        return await _attempt_within(run, definition, definition.timeout_seconds)
+        return await _attempt_within(run, definition)
     try:
         value = await definition.body(run)
     except Exception as error:
-        return run.raised(error)
+        return _raised(run, error)
     return run.returned(value)
 
 
-async def _attempt_within(
-    run: TaskRun | FlowRun, definition: Definition[..., Any], seconds: float | None
-) -> Do:
-    """Run the body once, for `seconds` at most if there is a limit, and tell the kernel how it ended."""
+class BodyTimeout(Exception):
+    """The body itself found that its time was over. A signal to the shell, never seen by users."""
+
+    def __init__(self, error: RunTimeoutError) -> None:
+        self.error = error
+
+
+def _raised(run: TaskRun | FlowRun, error: Exception) -> Do:
+    return run.timed_out(error.error) if isinstance(error, BodyTimeout) else run.raised(error)
+
+
+async def _attempt_within(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> Do:
+    """Run the body once, within its timeout if it has one, and tell the kernel how it ended."""
+    seconds = definition.timeout_seconds if definition.is_timed_whole else None
     limit = asyncio.timeout(seconds)
     try:
         async with limit:
@@ -270,7 +280,7 @@ async def _attempt_within(
             timeout = RunTimeoutError(f"{definition.kind} {run.name!r}", seconds)
             timeout.__cause__ = error
             return run.timed_out(timeout)
-        return run.raised(error)
+        return _raised(run, error)
     return run.returned(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from copy import copy
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast, overload
@@ -17,7 +17,7 @@ from ._engine import ambient, ambient_now, current_engine
 from ._errors import ConfigurationError, NoActiveRunError
 from ._explain import Explanation
 from ._futures import FutureList, TaskFuture
-from ._generators import RunStream
+from ._generators import RunStream, parent_for, stream_body
 from ._limits import Gate, check_size, parse_rate
 from ._mapping import spread
 from ._options import TaskOptions
@@ -125,6 +125,8 @@ class Task(Definition[P, R]):
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], parent: TaskRun | FlowRun | None
     ) -> TaskRun:
+        if parent is not None and parent.links:
+            parent = parent_for(parent, args, kwargs)
         run = TaskRun(self, self._prefix + args if self._prefix else args, kwargs, parent)
         if kwargs and "wait_for" in kwargs:
             run.wait_for = kwargs.pop("wait_for") or ()
@@ -291,8 +293,29 @@ class GeneratorTask(Task[P, T]):
     """A task whose body yields: `async for value in t(x)`, or `await t(x)` for all values in a list.
 
     A stream that was read to its end is cached, and replayed value by value in bounded memory; one that was
-    broken off is not. Retries do not apply, since values have gone out; a timeout applies to each value.
+    broken off is not. `timeout_seconds` is for each value. `retries` are for failures before the first value:
+    later ones would give the reader the same values again. A limit's slot is taken as long as the stream is open.
     """
+
+    is_timed_whole = False
+
+    def _choose_body(self) -> None:
+        if self.runner is not None:
+            raise ConfigurationError(
+                f"Task {self.name!r} has runner={self.runner!r}, but it is a generator.",
+                "Its values come one by one, so it runs here; let it call a task that has the runner.",
+            )
+        self.is_async = inspect.isasyncgenfunction(_unwrapped(self.fn))
+        self.body = partial(stream_body, self)
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(
+        self: GeneratorTask[Concatenate[S, Q], T], instance: S, owner: type | None = None
+    ) -> GeneratorTask[Q, T]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return super().__get__(instance, owner)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> RunStream[T]:  # type: ignore[override]
         """The stream. Nothing runs before its first value is asked for."""
@@ -309,8 +332,7 @@ class GeneratorTask(Task[P, T]):
         stream = RunStream[T](self, args, kwargs)
         values: list[T] = []
         try:
-            async for value in stream:
-                values.append(value)
+            values += [value async for value in stream]
         except Exception:
             if stream.run is None or not stream.run.is_over:
                 raise
@@ -346,7 +368,7 @@ def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -
 @overload
 def task(fn: Callable[P, AsyncIterator[T]], /) -> GeneratorTask[P, T]: ...
 @overload
-def task(fn: Callable[P, Generator[T, Any, Any]], /) -> GeneratorTask[P, T]: ...
+def task(fn: Callable[P, Iterator[T]], /) -> GeneratorTask[P, T]: ...
 @overload
 def task(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
 @overload
@@ -369,7 +391,7 @@ class _Decorator:
     @overload
     def __call__(self, fn: Callable[P, AsyncIterator[T]], /) -> GeneratorTask[P, T]: ...
     @overload
-    def __call__(self, fn: Callable[P, Generator[T, Any, Any]], /) -> GeneratorTask[P, T]: ...
+    def __call__(self, fn: Callable[P, Iterator[T]], /) -> GeneratorTask[P, T]: ...
     @overload
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
     @overload
