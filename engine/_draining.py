@@ -95,7 +95,7 @@ def _ancestry() -> set[Any]:
 def _late(engine: Engine, mine: set[Any]) -> dict[Any, asyncio.Task[Any]]:
     """The runs that are under way, each with the asyncio task that carries it."""
     owned = {future.run: future._work for future in engine.running if not future._work.done()}
-    roots = {run: run.carrier for run in engine.live.values() if run.parent is None and run.carrier}
+    roots = {run: run.carrier for run in engine.live if run.parent is None and run.carrier}
     return {run: work for run, work in (owned | roots).items() if run not in mine}
 
 

@@ -27,7 +27,7 @@ class Embedding:
     runs in a set, and ends them itself.)
     """
 
-    live: dict[str, TaskRun | FlowRun]
+    live: set[TaskRun | FlowRun]
     loop: asyncio.AbstractEventLoop | None
     _is_open: bool
     watchers: int = 0
@@ -102,8 +102,8 @@ class Embedding:
 
     @property
     def runs(self) -> Mapping[str, TaskRun | FlowRun]:
-        """What is under way, by id: background flows, and flows and root tasks that somebody awaits. A live view."""
-        return MappingProxyType(self.live)
+        """What is under way, by id: background flows, and flows and root tasks that somebody awaits. As of now."""
+        return MappingProxyType({run.id: run for run in self.live})
 
     # --- what hit
 

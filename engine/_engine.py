@@ -25,6 +25,7 @@ from ._flights import Room
 from ._limits import Limits
 from ._records import Place, Records
 from ._settings import Settings, stamp
+from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
     import anyio
@@ -80,7 +81,7 @@ class Engine(Embedding):
         self.sleep = sleep
         self.running: set[RunFuture[Any]] = set()
         self.failed = Failures()
-        self.live: dict[str, TaskRun | FlowRun] = {}
+        self.live: set[TaskRun | FlowRun] = set()
         self.ended: asyncio.Future[None] | None = None
         self.interrupted: str | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -97,6 +98,7 @@ class Engine(Embedding):
         self.limits = Limits(None)
         self.explainer = Explainer()
         self._own_locks: LockManager | None = None
+        self._watchdog: Watchdog | None = None
 
     log_filter = _logging.RunFilter()
     """A logging filter for handlers: stamps every record, other libraries' too, with flow, run and task."""
@@ -150,6 +152,9 @@ class Engine(Embedding):
             self.limits = Limits(self.settings.tag_limits)
             self.records = Records(self.in_thread, clock=self.clock, storage_at=self._storage_at)
             self._obey(self.settings)
+            if self.settings.warn_blocking:
+                self._watchdog = Watchdog(self.settings.warn_blocking)
+                self._watchdog.start()
             if self.settings.logging_level:
                 _logging.show(self.settings.logging_level.upper())
         finally:
@@ -206,6 +211,9 @@ class Engine(Embedding):
                     engines.remove(self)
 
     async def _close_own(self) -> None:
+        if self._watchdog is not None:
+            watchdog, self._watchdog = self._watchdog, None
+            await watchdog.stop()
         await self.explainer.flush(self.records.signing_keys)
         for storage in self._own.values():
             await storage.aclose()
@@ -355,6 +363,10 @@ _open_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Engine]] = Weak
 _ambient: WeakKeyDictionary[asyncio.AbstractEventLoop, Engine] = WeakKeyDictionary()
 
 
+stand_in: Engine | None = None
+"""What the pytest plugin puts in the place of the engine that would be made from the settings."""
+
+
 def _environment_view() -> Any:
     # The raw mapping of os.environ compares in C, in under a microsecond; where it is missing, a copy does.
     return getattr(os.environ, "_data", None) or dict(os.environ)
@@ -414,6 +426,6 @@ async def ambient(what: str = "A run") -> Engine:
         await engine.reload()
         return engine
     if engine is None:
-        engine = _ambient[loop] = Engine()
+        engine = _ambient[loop] = stand_in or Engine()
         await at_loop_end(engine.close_with_loop, ENGINES)
     return await engine.open()

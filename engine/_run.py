@@ -22,6 +22,7 @@ from ._logging import INFO, logger
 from ._prints import logged
 from ._states import CANCELLED, COMPLETED, CRASHED, FAILED, State
 from ._transaction import transaction
+from ._watchdog import carriers
 
 if TYPE_CHECKING:
     from ._definition import Definition
@@ -73,10 +74,13 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     return run.states[-1]
 
 
+carriers.add(perform.__code__)
+
+
 async def perform_root(run: TaskRun | FlowRun) -> State[Any]:
     """As `perform`, for flows, and for tasks outside of any: the engine knows of them until they end."""
     engine = run.engine
-    engine.live[run.id] = run
+    engine.live.add(run)
     run.carrier = asyncio.current_task()
     try:
         return await perform(run)
@@ -87,7 +91,7 @@ async def perform_root(run: TaskRun | FlowRun) -> State[Any]:
 def forget(run: TaskRun | FlowRun) -> None:
     """A run that the engine knew of has ended."""
     engine = run.engine
-    engine.live.pop(run.id, None)
+    engine.live.discard(run)
     if engine.ended is not None and not engine.ended.done():
         engine.ended.set_result(None)
 
