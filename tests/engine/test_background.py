@@ -23,6 +23,7 @@ from onceflow.engine import (
 )
 from onceflow.locking import MemoryLockManager
 from onceflow.storage import MemoryStorage
+from until import until
 
 user: ContextVar[str] = ContextVar("user", default="nobody")
 
@@ -113,7 +114,7 @@ async def test_it_carries_the_callers_context() -> None:
         user.set("Ada")
         with tags("web"):
             future = engine.submit(who)
-        assert await future == ("Ada", {"web"})
+        assert await future == ("Ada", frozenset({"web"}))
         assert user.get() == "Ada"
 
 
@@ -267,8 +268,7 @@ async def test_a_failure_nobody_looked_at_is_logged_at_the_end(caplog: pytest.Lo
     """A background failure whose future somebody still holds is told when the engine ends, once."""
     async with new_engine() as engine:
         future = engine.submit(fails)
-        while not future.done():
-            await asyncio.sleep(0)
+        await until(future.done)
         assert errors(caplog) == []
     (line,) = errors(caplog)
     assert "fails" in line
@@ -285,8 +285,7 @@ async def test_a_failure_nobody_can_look_at_any_more_is_logged_at_once(
     """A background flow that was fired and forgotten is told of when it fails, and not kept."""
     async with new_engine() as engine:
         run_id = engine.submit(fails).id
-        while run_id in engine.runs:
-            await asyncio.sleep(0)
+        await until(lambda: run_id not in engine.runs)
         await asyncio.sleep(0)
         gc.collect()
         assert len(errors(caplog)) == 1
@@ -307,8 +306,7 @@ async def test_a_failure_somebody_looked_at_is_not_logged(
         elif looks == "cancels":
             future.cancel()
         else:
-            while not future.done():
-                await asyncio.sleep(0)
+            await until(future.done)
             assert future.state.name == "Failed"
     assert errors(caplog) == []
 

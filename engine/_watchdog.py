@@ -1,0 +1,108 @@
+"""The watchdog: names the run and the line that block the event loop. Off unless `warn_blocking` is set.
+
+One thread per engine asks the loop to answer, and looks at the stack of the loop's thread when no answer comes in
+time. Runs pay nothing for it: which run is under way is read from the frame of `perform` on that very stack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import linecache
+import sys
+import sysconfig
+import threading
+import time
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING
+
+from ._context import current_run
+from ._logging import logger
+
+if TYPE_CHECKING:
+    from ._context import FlowRun, TaskRun
+
+_PACKAGE = __file__.rpartition("/")[0]
+_INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+_NOT_USERS = (_PACKAGE, *_INSTALLED, "<frozen")
+# Set by `_run`, which this module cannot import: the code of the frames that hold the run under way in `run`.
+carriers: set[CodeType] = set()
+
+
+class Watchdog:
+    """Watches one loop from a thread of its own, between `start` and `stop`.
+
+    Reports every block of 1.25 × `seconds` and more once, while it lasts, and how long it was when it is over.
+    Costs the loop one callback each quarter of `seconds`. Code in C that keeps the GIL is reported after it
+    ended, with its duration and without its line, because no thread can look meanwhile.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Watch the running loop, which runs in this thread."""
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, name="onceflow watchdog", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Stop watching; nothing is logged after it."""
+        self._stopped.set()
+        assert self._thread is not None
+        await asyncio.to_thread(self._thread.join)
+
+    def _watch(self) -> None:
+        answer = threading.Event()
+        while not self._stopped.wait(self._seconds / 4):
+            answer.clear()
+            asked = time.monotonic()
+            try:
+                self._loop.call_soon_threadsafe(answer.set)
+            except RuntimeError:  # the loop is closed
+                return
+            if answer.wait(self._seconds):
+                continue
+            run = self._report()
+            while not answer.wait(self._seconds):
+                if self._stopped.is_set() or self._loop.is_closed():
+                    return
+            _log(run, "%s blocked the event loop for %.3g s in all.", time.monotonic() - asked)
+
+    def _report(self) -> TaskRun | FlowRun | None:
+        """Say who blocks the loop, and where."""
+        frame = sys._current_frames().get(self._loop_thread)
+        run, line = _blame(frame)
+        _log(run, "%s has blocked the event loop for more than %.3g s, at %s", self._seconds, line)
+        return run
+
+
+def _log(run: TaskRun | FlowRun | None, text: str, *values: object) -> None:
+    who = "Something that is no run" if run is None else f"{run.kind} {run.name!r}"
+    token = current_run.set(run)  # for the filters that stamp log records
+    try:
+        logger.warning(text, who, *values)
+    finally:
+        current_run.reset(token)
+
+
+def _blame(frame: FrameType | None) -> tuple[TaskRun | FlowRun | None, str]:
+    """The innermost run on a stack, and the innermost line inside of it that is the user's own."""
+    innermost, users = frame, None
+    while frame is not None:
+        if frame.f_code in carriers:
+            return frame.f_locals.get("run"), _line(users or innermost)
+        if users is None and not frame.f_code.co_filename.startswith(_NOT_USERS):
+            users = frame
+        frame = frame.f_back
+    return None, _line(users or innermost)
+
+
+def _line(frame: FrameType | None) -> str:
+    if frame is None:
+        return "a line that was not seen"
+    name, number = frame.f_code.co_filename, frame.f_lineno
+    text = linecache.getline(name, number).strip()
+    return f"{name}:{number} in {frame.f_code.co_qualname}" + (f": {text}" if text else "")
