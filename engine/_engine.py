@@ -211,6 +211,7 @@ class Engine(Embedding):
                     engines.remove(self)
 
     async def _close_own(self) -> None:
+        await self.flights.aclose()
         if self._watchdog is not None:
             watchdog, self._watchdog = self._watchdog, None
             await watchdog.stop()
