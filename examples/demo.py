@@ -43,7 +43,7 @@ class Run(NamedTuple):
 def run(folder: Path, storage: Path) -> Run:
     """Index `folder` in a new process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ONCEFLOW_")}
-    environment["ONCEFLOW_STORAGE"] = os.fspath(storage)
+    environment |= {"ONCEFLOW_STORAGE": os.fspath(storage), "HOME": os.fspath(storage.parent)}
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, EXAMPLE, folder], env=environment, capture_output=True, text=True, check=False

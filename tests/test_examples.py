@@ -88,6 +88,8 @@ OUTPUTS = {
     "05_keys.py": [KEYS_FIRST, KEYS_SECOND],
     "06_retries.py": [RETRIES],
 }
+# Examples that need a server.
+OWN_TESTS = {"10_bucket.py": "test_bucket_example.py"}
 
 
 def run(example: str, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -119,9 +121,10 @@ def modules(tmp_path: Path) -> Path:
 
 
 def test_every_example_is_listed_and_short() -> None:
-    """Each numbered example is run below, and fits on a page: under 60 lines."""
+    """Each numbered example is run below or in a test of its own, and fits on a page: under 60 lines."""
     examples = sorted(EXAMPLES.glob("[0-9]*.py"))
-    assert [path.name for path in examples] == sorted(OUTPUTS)
+    assert [path.name for path in examples] == sorted({*OUTPUTS, *OWN_TESTS})
+    assert all(Path(__file__).with_name(test).is_file() for test in OWN_TESTS.values())
     assert {
         path.name: lines for path in examples if (lines := len(path.read_text().splitlines())) >= 60
     } == {}
@@ -139,13 +142,16 @@ def test_an_example_prints_what_it_promises(example: str, tmp_path: Path, module
 
 
 def test_records_lie_in_the_home_unless_told_otherwise(tmp_path: Path) -> None:
-    """A script writes one file for each key into `~/.onceflow/storage`, and nothing else."""
+    """A script writes one file for each key into `~/.onceflow/storage`, and beside it the notes of `explain`."""
     run("02_cache.py", tmp_path)
     lines = run("02_cache.py", tmp_path).stderr
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.parent for path in files} == {tmp_path / ".onceflow" / "storage"}
+    assert [path.name for path in tmp_path.iterdir() if path.name != "library"] == [".onceflow"]
+    assert {path.name for path in (tmp_path / ".onceflow").iterdir()} <= {"storage", "explain"}
     # DEFAULT leaves one for each of two runs, INPUTS + TASK_SOURCE one for each of two inputs
-    assert len([path for path in files if not path.name.startswith(".")]) == 4
+    records = [
+        path for path in (tmp_path / ".onceflow" / "storage").iterdir() if not path.name.startswith(".")
+    ]
+    assert len(records) == 4
     assert lines.count("Finished in state Cached(type=COMPLETED); cached: written by run") == 4
 
 
