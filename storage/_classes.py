@@ -140,7 +140,7 @@ def _make_namedtuple(parts: Any, context: Context) -> Any:
     cls: Any = _find(module, qualname, context)
     if not (issubclass(cls, tuple) and cls.__bases__ == (tuple,) and hasattr(cls, "_fields")):
         raise Unreadable(f"{module}.{qualname} is no longer a named tuple")
-    if list(cls._fields) != names or len(items) != len(names):
+    if list(cls._fields) != names or len(items) != len(names):  # pyright: ignore[reportAttributeAccessIssue]
         raise Unreadable(f"{module}.{qualname} no longer has the fields {', '.join(map(str, names))}")
     return tuple.__new__(cls, items)
 

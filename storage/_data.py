@@ -14,7 +14,7 @@ def buffers_of(data: Buffer | Sequence[Buffer]) -> list[memoryview]:
         TypeError: Something is no buffer, or its bytes do not lie in one row.
     """
     if isinstance(data, (bytes, bytearray, memoryview)):
-        return [_flat(data)]
+        return [_flat(data)]  # pyright: ignore[reportArgumentType]  # memoryview is invariant
     if isinstance(data, str):
         raise TypeError("A storage holds bytes, not text. Write text.encode().")
     return [_flat(one) for one in data]

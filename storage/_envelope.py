@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
@@ -305,14 +305,13 @@ def _pack_fields(header: Header, *, align: bool) -> bytes:
 
 def _pack_plain(fields: list[Any]) -> bytes:
     try:
-        packed: bytes = msgpack.packb(fields)
+        return cast(bytes, msgpack.packb(fields))
     except UnicodeEncodeError:  # any text may be a key, also one with lone surrogates
-        packed = msgpack.packb(fields, unicode_errors="surrogatepass")
+        return cast(bytes, msgpack.packb(fields, unicode_errors="surrogatepass"))
     except (TypeError, ValueError, OverflowError) as error:
         raise SerializationError(
             "record header", f"{error}; its extra fields take plain values only"
         ) from error
-    return packed
 
 
 def _unpack_fields(body: bytes) -> Header:

@@ -94,7 +94,8 @@ class StorageAccessError(StorageError, PermissionError):
     """The store, or the operating system, refused `operation`."""
 
     def __init__(self, operation: str, key: str, storage: str, reason: str, remedy: str) -> None:
-        self.operation, self.key, self.storage, self.reason, self.remedy = operation, key, storage, reason, remedy
+        self.operation, self.key, self.storage = operation, key, storage
+        self.reason, self.remedy = reason, remedy
         super().__init__(f"May not {operation} {key!r} in {storage}: {reason}. {remedy}")
 
     __str__ = Exception.__str__
@@ -104,7 +105,8 @@ class StorageUnavailableError(StorageError, ConnectionError):
     """The store did not answer, or asked to come back later, until the operation's deadline was over."""
 
     def __init__(self, operation: str, key: str, storage: str, reason: str, remedy: str) -> None:
-        self.operation, self.key, self.storage, self.reason, self.remedy = operation, key, storage, reason, remedy
+        self.operation, self.key, self.storage = operation, key, storage
+        self.reason, self.remedy = reason, remedy
         super().__init__(f"Could not {operation} {key!r} in {storage}: {reason}. {remedy}")
 
     __str__ = Exception.__str__
@@ -115,7 +117,9 @@ class StorageFullError(StorageError, OSError):
 
     def __init__(self, key: str, storage: str, reason: str) -> None:
         self.key, self.storage, self.reason = key, storage, reason
-        super().__init__(f"No room to write {key!r} in {storage}: {reason}. Free some space or use another storage.")
+        super().__init__(
+            f"No room to write {key!r} in {storage}: {reason}. Free some space or use another storage."
+        )
 
     __str__ = Exception.__str__
 
@@ -133,7 +137,9 @@ class StorageClosedError(StorageError, RuntimeError):
 
     def __init__(self, storage: str) -> None:
         self.storage = storage
-        super().__init__(f"{storage} is closed. Make a new storage, or keep the engine open while it is used.")
+        super().__init__(
+            f"{storage} is closed. Make a new storage, or keep the engine open while it is used."
+        )
 
 
 class RecordError(StorageError, ValueError):
@@ -182,7 +188,9 @@ class UnreadableValueError(SerializationError):
 
     def __init__(self, serializer: str, reason: str) -> None:
         self.serializer, self.reason = serializer, reason
-        StorageError.__init__(self, f"A value stored by the {serializer!r} serializer cannot be read: {reason}.")
+        StorageError.__init__(
+            self, f"A value stored by the {serializer!r} serializer cannot be read: {reason}."
+        )
 
 
 class PickleRefusedError(SerializationError):

@@ -10,12 +10,10 @@ from contextlib import contextmanager
 
 from ._files import Mismatch, version_of
 
-try:
+if sys.platform != "win32":
     import fcntl
 
-    SUPPORTED = True
-except ImportError:  # Windows: LocalStorage says so when it is made
-    SUPPORTED = False
+SUPPORTED = sys.platform != "win32"  # LocalStorage says so when it is made
 
 
 def remove(folder: str, target: str, if_version: str | None, durable: bool) -> bool:

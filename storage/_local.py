@@ -69,7 +69,8 @@ class LocalStorage(Storage):
                 f"A LocalStorage with {threads} threads cannot work.", "Give threads=1 or more."
             )
         self._path = _checked_path(DEFAULT_PATH if path is None else path)
-        self._durability, self._durable = durability, durability == "power"
+        self._durability: Literal["process", "power"] = durability
+        self._durable = durability == "power"
         self._threads = threads
         self._hops = Hops(threads, "onceflow-storage")
         self._inline = files.can_read_inline()
@@ -86,7 +87,7 @@ class LocalStorage(Storage):
         return os.path.normpath(path)
 
     @cached_property
-    def url(self) -> str:
+    def url(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]  # it never changes
         """`file://` and the absolute path, with the options that are not the default as a query."""
         options = ["durability=power"] if self._durability == "power" else []
         if self._threads != DEFAULT_THREADS:

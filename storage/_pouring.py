@@ -46,17 +46,17 @@ class Pouring:
         await to_the_end(self._discard())
 
     async def _flush(self) -> None:
-        if self._file is None:
-            await to_the_end(self._open())
+        file = self._file or await to_the_end(self._open())
         held, self._held, self._size = self._held, [], 0
-        await to_the_end(self._file.writelines(held))
+        await to_the_end(file.writelines(held))
 
-    async def _open(self) -> None:
+    async def _open(self) -> Any:
         import aiofiles  # 6 ms, most of it the standard library's tempfile and shutil; for streams only
 
         self._file = await aiofiles.open(
             self._draft.path, "wb", opener=lambda path, flags: self._draft.create(), executor=self._executor
         )
+        return self._file
 
     async def _discard(self) -> None:
         import aiofiles.os

@@ -150,6 +150,7 @@ class S3Storage(Storage):
             else:
                 parts = _after(first, parts)
             del first
+        answer: Answer | None = None
         for _ in range(_TRIES):
             condition = self._condition(if_absent, if_version)
             try:
@@ -170,6 +171,7 @@ class S3Storage(Storage):
                 raise self._odd("write", key, odd) from odd
             if parts is not None:
                 break  # it cannot be read twice
+        assert answer is not None
         raise self._odd("write", key, answer) from answer
 
     async def _write_buffers(

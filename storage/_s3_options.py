@@ -115,7 +115,7 @@ def _check_endpoint(endpoint_url: str | None) -> None:
         parts = urlsplit(endpoint_url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
-        good = False
+        parts, good = urlsplit(""), False
     if not good or parts.query or parts.fragment:
         shown = endpoint_url.rpartition("@")[2]
         raise StorageConfigurationError(

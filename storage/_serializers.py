@@ -325,7 +325,8 @@ def _cloudpickled(value: Any, **options: Any) -> bytes:
 
     class Exact(cloudpickle.Pickler):  # type: ignore[misc]
         dispatch_table: ClassVar[Any] = ChainMap(
-            {memoryview: _refuse, io.TextIOWrapper: _refuse}, cloudpickle.Pickler.dispatch_table
+            {memoryview: _refuse, io.TextIOWrapper: _refuse},
+            cloudpickle.Pickler.dispatch_table,  # pyright: ignore[reportArgumentType]  # it is only read
         )
 
     out = io.BytesIO()
