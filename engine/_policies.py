@@ -60,7 +60,11 @@ class CachePolicy:
     name: ClassVar[str] = ""
 
     def compute_key(
-        self, task_ctx: Any, inputs: Mapping[str, Any], flow_parameters: Mapping[str, Any] | None, **kwargs: Any
+        self,
+        task_ctx: Any,
+        inputs: Mapping[str, Any],
+        flow_parameters: Mapping[str, Any] | None,
+        **kwargs: Any,
     ) -> str | Awaitable[str | None] | None:
         """The key of this call, or None for "not cached".
 
@@ -148,7 +152,11 @@ class ComponentPolicy(CachePolicy):
         return False
 
     def compute_key(
-        self, task_ctx: Any, inputs: Mapping[str, Any], flow_parameters: Mapping[str, Any] | None, **kwargs: Any
+        self,
+        task_ctx: Any,
+        inputs: Mapping[str, Any],
+        flow_parameters: Mapping[str, Any] | None,
+        **kwargs: Any,
     ) -> str | None:
         return key_from(self.components(task_ctx, inputs, flow_parameters))
 
@@ -159,7 +167,11 @@ class NonePolicy(CachePolicy):
     name = "NONE"
 
     def compute_key(
-        self, task_ctx: Any, inputs: Mapping[str, Any], flow_parameters: Mapping[str, Any] | None, **kwargs: Any
+        self,
+        task_ctx: Any,
+        inputs: Mapping[str, Any],
+        flow_parameters: Mapping[str, Any] | None,
+        **kwargs: Any,
     ) -> None:
         return None
 
@@ -281,7 +293,11 @@ class CacheKeyFnPolicy(CachePolicy):
         self.cache_key_fn = cache_key_fn
 
     def compute_key(
-        self, task_ctx: Any, inputs: Mapping[str, Any], flow_parameters: Mapping[str, Any] | None, **kwargs: Any
+        self,
+        task_ctx: Any,
+        inputs: Mapping[str, Any],
+        flow_parameters: Mapping[str, Any] | None,
+        **kwargs: Any,
     ) -> Any:
         return self.cache_key_fn(task_ctx, dict(inputs))
 
@@ -313,7 +329,11 @@ class CompoundPolicy(CachePolicy):
         return policy
 
     def compute_key(
-        self, task_ctx: Any, inputs: Mapping[str, Any], flow_parameters: Mapping[str, Any] | None, **kwargs: Any
+        self,
+        task_ctx: Any,
+        inputs: Mapping[str, Any],
+        flow_parameters: Mapping[str, Any] | None,
+        **kwargs: Any,
     ) -> str | Awaitable[str | None] | None:
         found, pending = _gather(self.policies, task_ctx, inputs, flow_parameters)
         if not pending:

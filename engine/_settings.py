@@ -216,7 +216,9 @@ def _model() -> Any:
     hints["durability"] = Literal["process", "power"]
     hints["logging_level"] = Annotated[str | None, AfterValidator(_level)]
     hints["results_default_serializer"] = Annotated[str, AfterValidator(_serializer)]
-    definitions: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(Settings)}
+    definitions: dict[str, Any] = {
+        field.name: (hints[field.name], field.default) for field in fields(Settings)
+    }
     return create_model("Settings", __base__=Base, **definitions)
 
 

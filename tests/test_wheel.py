@@ -55,7 +55,15 @@ def test_the_wheel_runs_where_the_repository_is_out_of_sight(wheel: Path, tmp_pa
     empty.mkdir()
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=empty)
     python = environment / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", python]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--python",
+        python,
+    ]
     run(*pip, "install", "--no-index", "--no-deps", wheel, cwd=empty)
     # The dependencies come from here: a folder that a .pth names is not searched for .pth files itself, so that
     # the editable install beside them stays out of sight.

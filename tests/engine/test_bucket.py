@@ -168,7 +168,11 @@ async def test_two_processes_share_one_bucket(
     said = []
     for _ in range(2):
         run = await asyncio.to_thread(
-            subprocess.run, [sys.executable, "-W", "error", str(script)], capture_output=True, text=True, check=True
+            subprocess.run,
+            [sys.executable, "-W", "error", str(script)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         said.append(run.stdout.split())
         assert run.stderr == ""

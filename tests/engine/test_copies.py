@@ -119,7 +119,9 @@ async def test_copies_keep_to_their_budget() -> None:
             await numbers(n)
         copies = engine.records._copies
         assert 0 < copies._size <= budget
-        assert copies._size == sum(OVERHEAD + sum(map(len, copy.segments)) for copy in copies._copies.values())
+        assert copies._size == sum(
+            OVERHEAD + sum(map(len, copy.segments)) for copy in copies._copies.values()
+        )
         kept = {key for _, key in copies._copies}
         assert await numbers.cache_key(299) in kept
         assert await numbers.cache_key(0) not in kept
