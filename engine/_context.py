@@ -209,7 +209,7 @@ class TaskRun(Run):
         self.states = [quick(PENDING, "Pending")]
         if parent is not None:
             self.parent = parent
-            self.flow_run = parent.flow_run
+            self.flow_run = parent.flow_run  # pyright: ignore[reportIncompatibleMethodOverride]  # read-only there
             self.engine = parent.engine
 
     def _definition(self) -> Task[..., Any]:

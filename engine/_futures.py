@@ -266,7 +266,7 @@ class FutureList(list["TaskFuture[R]"]):
 class PendingFutureList(FutureList[R]):
     """The futures of a `map` over a future that was not done yet: there are none before it is awaited."""
 
-    _filling: RunFuture[None]
+    _filling: RunFuture[None]  # pyright: ignore[reportIncompatibleVariableOverride]  # here it is always set
 
     def __init__(self, filling: RunFuture[None]) -> None:
         super().__init__()
