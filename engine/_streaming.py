@@ -1,143 +1,191 @@
-"""`t.stream(items)`: one run an item, a bounded number of them under way, values as they come."""
+"""`t.stream(items)`: one run an item, a bounded number of them under way, values as they come.
+
+One asyncio task feeds a stream: it reads the source, and starts a run for each item while there is room. The runs
+belong to the stream, and the stream to the enclosing flow run, transaction or engine: when that ends, what is left
+of the stream is cancelled and awaited, also where the consumer has just walked away.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._errors import ConfigurationError
+from ._commit import uncancelled
+from ._context import FlowRun, TaskRun, current_run
+from ._engine import Engine, ambient, ambient_now
+from ._errors import ConfigurationError, RunCancelledError
+from ._futures import RunFuture, TaskFuture
+from ._kernel import Life
+from ._owning import Owner, cancel_all, owner_here
+from ._states import PENDING, quick
 
 if TYPE_CHECKING:
     from ._task import Task
 
 R = TypeVar("R")
+_END = object()
 
 
 async def stream(
     task: Task[..., R], items: Iterable[Any] | AsyncIterable[Any], limit: int, ordered: bool
-) -> AsyncIterator[R]:
+) -> AsyncGenerator[R, None]:
     """See `Task.stream`."""
     if not isinstance(limit, int) or limit < 1:
         raise ConfigurationError(f"{task.name}.stream() takes a limit from 1 on, got {limit!r}.")
-    source = _Source(task.name, items)
-    window = _Window(task, ordered)
+    if not isinstance(items, (Iterable, AsyncIterable)):
+        kind = type(items).__name__
+        raise TypeError(f"{task.name}.stream() takes an iterable or an async iterable, not {kind}.")
+    owner = task.owner_for("stream")[0] if owner_here() is not None else None
+    engine = ambient_now() or await ambient(f"{task.name}.stream()") if owner is None else owner.engine
+    window = _Window(task, engine, limit, ordered)
+    feeder = asyncio.get_running_loop().create_task(window.feed(items))
+    known = _make_known(task.name, feeder, owner) if owner is not None else None
     try:
-        while True:
-            while (work := window.take_ended()) is not None:
-                yield await work
-            if len(window) < limit and not source.is_over:
-                if (item := source.take(window.wake)) is not _NOT_YET:
-                    window.start(item)
-                    continue
-            elif not len(window):
-                return
-            if not source.is_over or len(window):
+        while not window.is_over():
+            if (future := window.take()) is not None:
+                yield await future
+            else:
                 await window.wait()
     finally:
-        await window.aclose()
-        await source.aclose()
+        feeder.cancel()
+        await uncancelled(_until_over(feeder))
+        if owner is not None and known is not None:
+            owner.running.discard(known)
 
 
-_NOT_YET = object()
+async def _until_over(work: asyncio.Task[None]) -> None:
+    await asyncio.wait([work])
 
 
-class _Source:
-    """The items, one by one: an async iterable is asked for one item at a time, while runs go on."""
+class _StreamOfRuns(RunFuture[None]):
+    """The stream as its owner knows it: something under way, which ends when it is cancelled."""
 
-    def __init__(self, name: str, items: Iterable[Any] | AsyncIterable[Any]) -> None:
-        self._iterator: Iterator[Any] | None = None
-        self._async: AsyncIterator[Any] | None = None
-        self._fetch: asyncio.Task[Any] | None = None
-        self.is_over = False
-        if isinstance(items, AsyncIterable):
-            self._async = aiter(items)
-        elif isinstance(items, Iterable):
-            self._iterator = iter(items)
-        else:
-            raise TypeError(
-                f"{name}.stream() takes an iterable or an async iterable, not {type(items).__name__}."
-            )
-
-    def take(self, wake: Any) -> Any:
-        """The next item; _NOT_YET where there is none (any more, or so far: `wake` is called when there is)."""
-        if self._iterator is not None:
-            item = next(self._iterator, _NOT_YET)
-            self.is_over = item is _NOT_YET
-            return item
-        assert self._async is not None
-        if self._fetch is None:
-            self._fetch = asyncio.ensure_future(_next(self._async))
-            self._fetch.add_done_callback(wake)
-        if not self._fetch.done():
-            return _NOT_YET
-        item = self._fetch.result()
-        self._fetch = None
-        self.is_over = item is _NOT_YET
-        return item
-
-    async def aclose(self) -> None:
-        if self._fetch is not None:
-            self._fetch.cancel()
-            await asyncio.gather(self._fetch, return_exceptions=True)
-        close = getattr(self._async, "aclose", None)
-        if close is not None:
-            await close()
+    __slots__ = ()
+    is_stream = True
 
 
-async def _next(iterator: AsyncIterator[Any]) -> Any:
-    return await anext(iterator, _NOT_YET)
+def _make_known(name: str, feeder: asyncio.Task[None], owner: Owner) -> RunFuture[None]:
+    life = Life()
+    life.name = f"{name}.stream"  # type: ignore[attr-defined]  # as much of a run as an owner needs
+    life.states = [quick(PENDING, "Pending")]
+    future = _StreamOfRuns(life)  # type: ignore[arg-type]  # see above
+    future.owner = owner
+    future._work = feeder
+    owner.running.add(future)
+    return future
 
 
 class _Window:
-    """The runs under way: a line of them in order, or whichever ends first."""
+    """The runs under way, and their owner: a line of them in order, or whichever ends first."""
 
-    def __init__(self, task: Task[..., Any], ordered: bool) -> None:
+    def __init__(self, task: Task[..., Any], engine: Engine, limit: int, ordered: bool) -> None:
         self._task = task
+        self._limit = limit
         self._ordered = ordered
+        self.engine = engine
+        self.running: set[RunFuture[Any]] = set()
+        self.failed: list[RunFuture[Any]] = []
         # An OrderedDict, because a plain dict looks for its first item through all that were removed before it.
-        self._works: OrderedDict[asyncio.Task[Any], None] = OrderedDict()
-        self._ended: deque[asyncio.Task[Any]] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+        self._futures: OrderedDict[asyncio.Task[None], TaskFuture[Any]] = OrderedDict()
+        self._ended: deque[asyncio.Task[None]] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        self._feeder: asyncio.Future[None] | None = None
+        self._is_fed = False
+        self._is_closed = False
+        self._error: Exception | None = None
 
-    def __len__(self) -> int:
-        return len(self._works)
+    # --- in
 
-    def start(self, item: Any) -> None:
-        work = asyncio.get_running_loop().create_task(self._task(item))
-        self._works[work] = None
-        work.add_done_callback(self.wake)
+    async def feed(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
+        """Start a run for each item while there is room. Ends by being cancelled, with all runs.
 
-    def wake(self, ended: asyncio.Task[Any]) -> None:
-        if not self._ordered and ended in self._works:
-            self._ended.append(ended)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        An async source is read and closed in this asyncio task alone, so that what it opens across a yield, as a
+        timeout, works. A plain iterator stays the caller's, who may go on with it.
+        """
+        try:
+            try:
+                await (self._feed_async(items) if isinstance(items, AsyncIterable) else self._feed(items))
+            except Exception as error:  # raised to the reader, in its place
+                self._error = error
+            self._is_fed = True
+            self._wake()
+            await asyncio.get_running_loop().create_future()  # until it is cancelled
+        finally:
+            self._is_closed = True
+            self._wake()
+            await cancel_all(self)
 
-    async def wait(self) -> None:
-        """Until a run ends or an item comes."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+    async def _feed(self, items: Iterable[Any]) -> None:
+        iterator = iter(items)
+        await self._room()
+        while (item := next(iterator, _END)) is not _END:
+            self._start(item)
+            await self._room()
 
-    def take_ended(self) -> asyncio.Task[Any] | None:
+    async def _feed_async(self, items: AsyncIterable[Any]) -> None:
+        iterator = aiter(items)
+        try:
+            await self._room()
+            while (item := await anext(iterator, _END)) is not _END:
+                self._start(item)
+                await self._room()
+        finally:
+            if (close := getattr(iterator, "aclose", None)) is not None:
+                await close()
+
+    async def _room(self) -> None:
+        """Until one more run may be under way: the source is asked only then."""
+        while len(self._futures) >= self._limit:
+            self._feeder = asyncio.get_running_loop().create_future()
+            await self._feeder
+
+    def _start(self, item: Any) -> None:
+        parent: TaskRun | FlowRun | None = current_run.get()
+        future = self._task.begin((item,), {}, parent, self)
+        self._futures[future._work] = future
+        future._work.add_done_callback(self._has_ended)
+
+    def _has_ended(self, work: asyncio.Task[None]) -> None:
+        if not self._ordered:
+            self._ended.append(work)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    # --- out
+
+    def is_over(self) -> bool:
+        """Whether all values are out.
+
+        Raises:
+            RunCancelledError: The stream's owner has ended, and the stream with it.
+            Exception: What the source raised.
+        """
+        if self._is_closed:
+            raise RunCancelledError("Cancelled", f"{self._task.name}.stream() ended with its owner")
+        if self._error is not None and not (self._ordered and self._futures):
+            raise self._error
+        return self._is_fed and not self._futures
+
+    def take(self) -> TaskFuture[Any] | None:
         """The run whose value is next, if it has ended."""
         if not self._ordered:
-            if not self._ended:
-                return None
-            work = self._ended.popleft()
+            work = self._ended.popleft() if self._ended else None
         else:
-            first = next(iter(self._works), None)
-            if first is None or not first.done():
-                return None
-            work = first
-        del self._works[work]
-        return work
+            work = next(iter(self._futures), None)
+            if work is not None and not work.done():
+                work = None
+        if work is None:
+            return None
+        if self._feeder is not None and not self._feeder.done():
+            self._feeder.set_result(None)
+        return self._futures.pop(work)
 
-    async def aclose(self) -> None:
-        """Cancel what is still under way, and wait until it has ended."""
-        for work in self._works:
-            work.cancel()
-        if self._works:
-            await asyncio.gather(*self._works, return_exceptions=True)
-        self._works.clear()
+    async def wait(self) -> None:
+        """Until a run ends, or the source, or the stream."""
+        self._reader = asyncio.get_running_loop().create_future()
+        await self._reader

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+)
 from copy import copy
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast, overload
@@ -204,15 +213,21 @@ class Task(Definition[P, R]):
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], verb: str) -> TaskFuture[R]:
         owner, parent = self.owner_for(verb)
         try:
-            loop = asyncio.get_running_loop()
+            asyncio.get_running_loop()
         except RuntimeError:  # in the thread of a synchronous body
             return call_on_loop(owner.engine, f"{self.name}.{verb}", lambda: self._submit(args, kwargs, verb))
+        return self.begin(args, kwargs, parent, owner)
+
+    def begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], parent: TaskRun | FlowRun | None, owner: Owner
+    ) -> TaskFuture[R]:
+        """Start a run in an asyncio task of its own."""
         run = self._run(args, kwargs, parent)
         if parent is None:
             run.engine = owner.engine
         future: TaskFuture[R] = TaskFuture(run)
         future.owner = owner
-        future._work = loop.create_task(perform_submitted(future, owner))
+        future._work = asyncio.get_running_loop().create_task(perform_submitted(future, owner))
         owner.running.add(future)
         return future
 
@@ -238,12 +253,14 @@ class Task(Definition[P, R]):
 
     def stream(
         self, items: Iterable[Any] | AsyncIterable[Any], limit: int = 100, ordered: bool = True
-    ) -> AsyncIterator[R]:
+    ) -> AsyncGenerator[R, None]:
         """One run per item of an iterable of any length, sync or async, endless or not; values as they come.
 
         At most `limit` runs are under way or wait to be taken, so memory stays bounded, and the source is
-        asked only for what fits. A failure is raised in its place, and ends the stream: what is under way is
-        cancelled and awaited, as it is when the consumer stops (close the iterator to have it at once).
+        asked only for what fits. An async source is read and closed in an asyncio task of its own. A failure
+        is raised in its place, and ends the stream: what is under way is cancelled and awaited, as it is when
+        the consumer stops (close the iterator to have it at once, else the enclosing flow's end does).
+        `ordered=False` gives each value as soon as it is there, and a failure before values that are late.
         """
         return stream(self, items, limit, ordered)
 
@@ -326,6 +343,12 @@ class GeneratorTask(Task[P, T]):
             f"{self.name}.{verb}(): a generator task streams its values to whoever iterates over it.",
             f"Write `async for value in {self.name}(…)`, or `await {self.name}(…)` for all of them.",
         )
+
+    def stream(
+        self, items: Iterable[Any] | AsyncIterable[Any], limit: int = 100, ordered: bool = True
+    ) -> AsyncGenerator[T, None]:
+        self._submit((), {}, "stream")
+        raise AssertionError("unreachable: streams cannot be submitted")
 
     async def run_to_state(self, *args: Any, **kwargs: Any) -> State[Any]:
         """Read the stream to its end; the final state, whose result is the list of values."""
