@@ -89,7 +89,7 @@ OUTPUTS = {
     "06_retries.py": [RETRIES],
 }
 # Examples that need a server.
-OWN_TESTS = {"10_bucket.py": "test_bucket_example.py"}
+OWN_TESTS = {"10_bucket.py": "test_bucket_example.py", "11_web.py": "engine/test_web.py"}
 
 
 def run(example: str, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -124,7 +124,7 @@ def test_every_example_is_listed_and_short() -> None:
     """Each numbered example is run below or in a test of its own, and fits on a page: under 60 lines."""
     examples = sorted(EXAMPLES.glob("[0-9]*.py"))
     assert [path.name for path in examples] == sorted({*OUTPUTS, *OWN_TESTS})
-    assert all(Path(__file__).with_name(test).is_file() for test in OWN_TESTS.values())
+    assert all((Path(__file__).parent / test).is_file() for test in OWN_TESTS.values())
     assert {
         path.name: lines for path in examples if (lines := len(path.read_text().splitlines())) >= 60
     } == {}
