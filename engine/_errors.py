@@ -15,6 +15,7 @@ EngineError
 │   ├── RunCrashedError                        … because something outside its body broke
 │   └── UpstreamFailedError                    … because a run that it depends on failed (state NotReady)
 ├── RunTimeoutError (TimeoutError)             the body was still running after timeout_seconds
+├── ProcessEndedError (RuntimeError)           the worker process of a body was killed, or could not begin
 ├── DeadlockError (RuntimeError)               a run waits for itself, directly or through others
 └── CommitError (RuntimeError)                 a transaction that could not be committed
 
@@ -173,6 +174,18 @@ class RunTimeoutError(EngineError, TimeoutError):
 
 
 class DeadlockError(EngineError, RuntimeError):
+class ProcessEndedError(EngineError, RuntimeError):
+    """The worker process of a body with `runner="process"` ended before the body did."""
+
+    def __init__(self, task: str, reason: str) -> None:
+        self.task, self.reason = task, reason
+        super().__init__(
+            f"The worker process of {task!r} ended before its body did, as when it is killed for want of memory, "
+            f"or cannot import the script: {reason} A script that uses runner='process' starts its work "
+            "under `if __name__ == '__main__':`."
+        )
+
+
     """A run waits for itself. `chain` names who waits for whom, first and last the same."""
 
     def __init__(self, chain: Sequence[str]) -> None:

@@ -5,28 +5,42 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pickle
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._errors import ConfigurationError
+from ..storage._weight import is_heavy
+from ._errors import ConfigurationError, ProcessEndedError
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+
+_LEAVES_LOOP = 64 * 1024
+"""Bytes from which on pickling leaves the event loop."""
 
 
 async def run_in_process(
-    name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    engine: Engine, name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run the body in a worker process. A cancelled caller's process is killed.
+    """Run the body in a worker process, one for each core at most.
 
-    Costs a process the first time (reused later), and pickling both ways on the event loop.
+    The body sees its arguments and nothing else: no run, no transaction, no log_prints. Its exception arrives
+    with the traceback of the process as a note. Cancelled, the process is killed, and a new one takes its place.
+
+    Costs a process the first time, and pickling both ways, in a thread where that is much.
 
     Raises:
         ConfigurationError: The function, an argument or the result does not pickle.
+        ProcessEndedError: The process was killed, or could not begin.
     """
-    import cloudpickle
     from anyio import BrokenWorkerProcess, to_process
 
     try:
         # By cloudpickle, since the module's name of a decorated function stands for the task, not for it.
-        call = cloudpickle.dumps((fn, args, kwargs))
+        if is_heavy((args, kwargs)):
+            call = await engine.in_thread(_pickled, (fn, args, kwargs))
+        else:
+            call = _pickled((fn, args, kwargs))
     except Exception as error:
         raise ConfigurationError(
             f"{name!r} cannot run in a process, because its function or an argument does not pickle: {error}.",
@@ -35,33 +49,49 @@ async def run_in_process(
     try:
         succeeded, outcome = await to_process.run_sync(_call, call, cancellable=True)
     except BrokenWorkerProcess as error:
-        raise ConfigurationError(
-            f"The worker process of {name!r} ended: {error}. It may have been killed, or could not import the script.",
-            "A script that uses runner='process' starts its work under `if __name__ == '__main__':`.",
-        ) from error
+        raise ProcessEndedError(name, str(error)) from error
     if outcome is None:
+        what = "returned" if succeeded else "raised"
         raise ConfigurationError(
-            f"What {name!r} returned or raised in its process does not pickle.", "Return plain data."
+            f"What {name!r} {what} in its process does not pickle.",
+            "Return plain data." if succeeded else "Raise an exception that pickles.",
         )
-    value = pickle.loads(outcome)
+    try:
+        value = (
+            await engine.in_thread(pickle.loads, outcome)
+            if len(outcome) > _LEAVES_LOOP
+            else pickle.loads(outcome)
+        )
+    except Exception as error:
+        raise ConfigurationError(
+            f"What {name!r} brought back from its process cannot be unpickled here: {error!r}.",
+            "Return plain data.",
+        ) from error
     if succeeded:
         return value
     raise value
 
 
-def _call(call: bytes) -> tuple[bool, bytes | None]:
-    """In the worker: run the body, and bring back its value or its exception, pickled; None where that fails."""
+def _pickled(value: Any) -> bytes:
     import cloudpickle
 
-    fn, args, kwargs = pickle.loads(call)
+    pickled: bytes = cloudpickle.dumps(value)
+    return pickled
+
+
+def _call(call: bytes) -> tuple[bool, bytes | None]:
+    """In the worker: run the body, and bring back its value or its exception, pickled; None where that fails."""
+    succeeded = False
     try:
+        fn, args, kwargs = pickle.loads(call)
         value = fn(*args, **kwargs)
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
         succeeded = True
     except Exception as error:
-        value, succeeded = error, False
+        error.add_note("In the worker process:\n" + traceback.format_exc())
+        value = error
     try:
-        return succeeded, cloudpickle.dumps(value)
+        return succeeded, _pickled(value)
     except Exception:
-        return False, None
+        return succeeded, None

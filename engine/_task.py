@@ -88,7 +88,7 @@ class Task(Definition[P, R]):
             self.body = self._process_body
 
     def _process_body(self, run: TaskRun) -> Awaitable[R]:
-        return run_in_process(self.name, self.fn, run.args, run.kwargs)
+        return run_in_process(run.engine, self.name, self.fn, run.args, run.kwargs)
 
     def _default_policy(self) -> CachePolicy:
         return _policies.DEFAULT
