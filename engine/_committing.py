@@ -12,7 +12,7 @@ from ._explain import reason_for
 from ._locks import Held
 from ._logging import INFO, logger
 from ._policies import CachePolicy, Components
-from ._records import Facts, Hit, Miss, Place, Prepared, ago
+from ._records import LARGE, Facts, Hit, Miss, Place, Prepared, ago
 from ._states import COMPLETED, FAILED
 from ._steps import Refused, Where
 from ._transaction import Staged
@@ -103,12 +103,16 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
     records = run.engine.records
     txn = run.transaction
     try:
-        prepared: Prepared = await records.prepare(place, key.text, state.data, facts)
         if txn is not None and txn.joins:
+            large = await records.prepare(place, key.text, state.data, facts, apart_from=LARGE)
+            prepared: Prepared = large.snapshot()  # the caller may change the value before the block ends
             run.engine.explainer.note(call)
-            served = records.served(prepared)
-            txn.add_record(call.where, Staged(prepared, miss.version, held is not None, served, run))
+            served = records.served(prepared, is_snapshot=True)
+            txn.add_record(
+                call.where, Staged(prepared, miss.version, held is not None, served, run, miss.header)
+            )
             return prepared
+        prepared = await records.prepare(place, key.text, state.data, facts)
         if held is not None and held.lost:
             raise Refused(call.where, "its lease was lost")
         expect = miss.version if held is None else await held.settle(miss.version)
@@ -118,7 +122,7 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
         return None
     except Exception as error:  # a storage of the user's own may raise anything
         if txn is not None:
-            txn.break_with(CommitError(key.text, str(error)))
+            txn.break_with(CommitError(key.text, str(error), run.name))
         logger.warning(
             "%s %r - its result could not be stored, and is not cached: %s", definition.kind, run.name, error
         )

@@ -285,7 +285,7 @@ class Engine(Embedding):
             self._own[name] = storage
         return self._own[name]
 
-    def _meet(self, storage: Storage) -> Storage:
+    def meet(self, storage: Storage) -> Storage:
         self._met.setdefault(storage.url, storage)
         return storage
 
@@ -315,8 +315,8 @@ class Engine(Embedding):
         if definition.result_storage_key is not None and policy is not None:
             location = storage_key(definition.result_storage_key, run)
         return Place(
-            self._meet(self.storage_for(storage)) if storage else self.storage,
-            self._meet(self.storage_for(keys)) if keys is not None else self.key_storage,
+            self.meet(self.storage_for(storage)) if storage else self.storage,
+            self.meet(self.storage_for(keys)) if keys is not None else self.key_storage,
             self.serializer_for(serializer) if serializer else self.serializer,
             location,
         )

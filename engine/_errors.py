@@ -17,7 +17,8 @@ EngineError
 ├── RunTimeoutError (TimeoutError)             the body was still running after timeout_seconds
 ├── ProcessEndedError (RuntimeError)           the worker process of a body was killed, or could not begin
 ├── DeadlockError (RuntimeError)               a run waits for itself, directly or through others
-└── CommitError (RuntimeError)                 a transaction that could not be committed
+├── CommitError (RuntimeError)                 a transaction that could not be committed
+└── NoValueError (KeyError, ValueError)        a transaction was asked for what nobody set or staged
 
 Every error keeps what it was built from as attributes, builds its own message, and pickles.
 """
@@ -173,7 +174,6 @@ class RunTimeoutError(EngineError, TimeoutError):
     __str__ = Exception.__str__
 
 
-class DeadlockError(EngineError, RuntimeError):
 class ProcessEndedError(EngineError, RuntimeError):
     """The worker process of a body with `runner="process"` ended before the body did."""
 
@@ -186,6 +186,7 @@ class ProcessEndedError(EngineError, RuntimeError):
         )
 
 
+class DeadlockError(EngineError, RuntimeError):
     """A run waits for itself. `chain` names who waits for whom, first and last the same."""
 
     def __init__(self, chain: Sequence[str]) -> None:
@@ -194,10 +195,28 @@ class ProcessEndedError(EngineError, RuntimeError):
 
 
 class CommitError(EngineError, RuntimeError):
-    """A transaction could not be committed; nothing of it is visible, and no commit hook has run."""
+    """A transaction could not be committed; nothing of it is visible, and no commit hook has run.
 
-    def __init__(self, key: str, reason: str) -> None:
-        self.key, self.reason = key, reason
-        super().__init__(
-            f"The transaction was rolled back: its member {key!r} could not be written: {reason}"
-        )
+    `in_doubt`: the storage fell silent in the very moment of the commit, so that all of it may be visible.
+    """
+
+    def __init__(self, key: str, reason: str, run: str = "", in_doubt: bool = False) -> None:
+        self.key, self.reason, self.run, self.in_doubt = key, reason, run, in_doubt
+        member = f"the result of {run!r} under {key!r}" if run else f"its member {key!r}"
+        if in_doubt:
+            super().__init__(
+                f"The transaction's commit was sent, and {member} could not be read back: {reason} Either all of it "
+                "is visible or nothing; look at one of its records before you repeat it."
+            )
+        else:
+            super().__init__(f"The transaction was rolled back: {member} could not be written: {reason}")
+
+
+class NoValueError(EngineError, KeyError, ValueError):
+    """A transaction was asked for what nobody has set or staged."""
+
+    def __init__(self, owner: str, what: str, remedy: str) -> None:
+        self.owner, self.what, self.remedy = owner, what, remedy
+        super().__init__(f"There is no {what} in {owner}. {remedy}")
+
+    __str__ = Exception.__str__

@@ -23,7 +23,7 @@ class Failures:
 
     _offload: Callable[..., Awaitable[Any]]
     _clock: Callable[[], float]
-    _signing_keys: tuple[bytes, ...]
+    signing_keys: tuple[bytes, ...]
     _allow_pickle: bool
 
     async def keep_failure(self, storage: Storage, error: BaseException, facts: Facts) -> str:
@@ -42,7 +42,7 @@ class Failures:
         return location
 
     def _pack_failure(self, storage: Storage, key: str, error: BaseException, facts: Facts) -> list[Buffer]:
-        self._check_failure(storage, type(error).__qualname__, bool(self._signing_keys))
+        self._check_failure(storage, type(error).__qualname__, bool(self.signing_keys))
         encoded = _encode(error)
         header = Header(
             key=key,
@@ -53,7 +53,7 @@ class Failures:
             components=facts.components,
             kind="failure",
         )
-        return pack(header, encoded.segments, signing_keys=self._signing_keys)
+        return pack(header, encoded.segments, signing_keys=self.signing_keys)
 
     async def failure(self, storage: Storage, location: str) -> BaseException:
         """The exception that a failed run left at `location` (that of its state), to be raised again.
@@ -71,7 +71,7 @@ class Failures:
         return error
 
     def _unpack_failure(self, storage: Storage, data: Buffer) -> BaseException:
-        header, offset = unpack_header(data, signing_keys=self._signing_keys)
+        header, offset = unpack_header(data, signing_keys=self.signing_keys)
         if header.kind != "failure":
             raise CorruptRecordError(f"it is a {header.kind}, not a failure")
         self._check_failure(storage, f"failure of {header.task!r}", header.signed)

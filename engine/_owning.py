@@ -35,7 +35,7 @@ def owner_here() -> tuple[Owner, TaskRun | FlowRun | None] | None:
     run = current_run.get()
     flow_run = run.flow_run if run is not None else None
     txn = current_transaction.get()
-    while txn is not None and txn.is_savepoint:
+    while txn is not None and not txn.is_block:
         txn = txn.parent
     if txn is not None and (flow_run is None or (txn.run is not None and txn.run.flow_run is flow_run)):
         return txn, run

@@ -21,7 +21,7 @@ from ._kernel import Do
 from ._logging import INFO, logger
 from ._prints import logged
 from ._states import CANCELLED, COMPLETED, CRASHED, FAILED, State
-from ._transaction import transaction
+from ._transaction import enclosing, transaction
 from ._watchdog import carriers
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
             await resolve(run, marked)
         if run.name_template is not None:
             run.settle_name()
-        outer = current_transaction.get()
-        if outer is not None or (definition.hooks and _has_outcome_hooks(definition)):
+        outer = enclosing() if current_transaction.get() is not None else None
+        if (outer is not None and outer.joins) or (definition.hooks and _has_outcome_hooks(definition)):
             await _within(outer, run, definition)
         elif _caching.wanted(run, definition):
             await _caching.perform(run, definition, attempts)
@@ -129,10 +129,10 @@ async def _within(
     txn = transaction()
     txn.run = run
     txn.is_savepoint = True
-    txn.joins = outer is not None
+    txn.joins = outer is not None and outer.joins
     txn.attach(outer, run.engine)
     run.transaction = txn
-    token = current_transaction.set(txn) if outer is not None else None
+    token = current_transaction.set(txn)
     try:
         if _caching.wanted(run, definition):
             await _caching.perform(run, definition, attempts)
@@ -142,16 +142,15 @@ async def _within(
         await uncancelled(txn.roll_back())
         raise
     finally:
-        if token is not None:
-            current_transaction.reset(token)
+        current_transaction.reset(token)
     if run.states[-1].type is not COMPLETED:
-        await txn.roll_back()
+        await uncancelled(txn.roll_back())
         return
     txn.add_run(run, definition.hooks)
-    if outer is not None and not txn.is_rolled_back():
-        txn.join_parent()
+    if txn.is_broken and not txn.joins:
+        await uncancelled(txn.roll_back())  # outside of a block it is no error, and a warning has been given
     else:
-        await uncancelled(txn.roll_back() if txn.is_broken or txn.is_rolled_back() else txn.commit())
+        await txn.end()
 
 
 def marked_in(run: TaskRun) -> Marked | None:

@@ -1,27 +1,30 @@
-"""`transaction()`: several tasks' records become visible together, or not at all."""
+"""`transaction()`: several tasks' records become visible together, or not at all.
+
+A little above 400 lines, because it is one class with a long public face; how it ends is in `_outcome`, how
+records are written together in `_protocol`.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 from collections.abc import Callable
 from contextvars import Token
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ..locking import LockManager
-from ..storage import Storage, StorageError
+from ..storage import Storage
+from ..storage._envelope import Header
+from ._claims import Claim
 from ._commit import uncancelled
 from ._context import Run, current_run, current_transaction, new_id
 from ._engine import Engine, ambient, ambient_now, current_engine
-from ._errors import CommitError, ConfigurationError
+from ._errors import CommitError, ConfigurationError, NoValueError
 from ._flights import Flight, Served
-from ._claims import Claim
 from ._locks import Held, open_keyed
-from ._logging import logger
+from ._outcome import call_hooks, write
 from ._owning import cancel_all, finish
 from ._policies import IsolationLevel
 from ._records import Facts, Hit, Place, Prepared
-from ._steps import ANY, Refused, Where
+from ._steps import ANY, Where
 
 if TYPE_CHECKING:
     import os
@@ -33,13 +36,18 @@ _MISSING = object()
 
 
 class Staged(NamedTuple):
-    """A record that waits for the transaction's outcome."""
+    """A record that waits for the transaction's outcome.
+
+    `expect` is the version that it replaces and `replaces` that one's header, as far as somebody has looked;
+    `exclusive` says that the key is held. `run` is the one whose result it is, None for a keyed transaction's.
+    """
 
     prepared: Prepared
     expect: str | None
     exclusive: bool
     served: Served
-    run: Run | None
+    run: Run | None = None
+    replaces: Header | None = None
 
 
 class transaction:
@@ -91,9 +99,10 @@ class transaction:
         self.failed: list[RunFuture[Any]] = []
         self.held: list[Held | Claim] = []
         self.joins = True
-        """Whether tasks inside stage their records here; a task's own transaction only carries its hooks."""
+        """Whether tasks inside stage their records here. That of a run outside of any block only carries its
+        values and hooks: tasks inside commit for themselves."""
         self.is_savepoint = False
-        """Whether it is a task run's own, and not a block of the user's."""
+        """Whether it is a run's own, and not a block of the user's."""
         self.blocked_on: dict[Flight, int] = {}
         self._storage = storage
         self._lock_timeout = lock_timeout
@@ -101,11 +110,10 @@ class transaction:
         self._staged: dict[Where, Staged] = {}
         self._runs: list[Run] = []
         self._hooks: list[tuple[str, Callable[..., Any], transaction, str]] = []
-        self._keyed: list[transaction] = []
         self._inner: list[transaction] = []
         self._broken: CommitError | None = None
-        self._value: Any = _MISSING
         self._is_rolled_back = False
+        self._is_over = False
 
     def begin_waiting(self) -> None:
         """As of a run; a transaction has no state to show it by."""
@@ -121,6 +129,11 @@ class transaction:
         """The engine that commits it."""
         return self._engine
 
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a block of the user's that has not come to its end: it owns what is submitted inside."""
+        return not self.is_savepoint and not self._is_over and self.state != "STAGED"
+
     @staticmethod
     def current() -> transaction | None:
         """The innermost transaction here."""
@@ -134,7 +147,7 @@ class transaction:
         """The value of the innermost block that has one.
 
         Raises:
-            KeyError: Nobody set it, and there is no default.
+            NoValueError: Nobody set it, and there is no default.
         """
         at: transaction | None = self
         while at is not None:
@@ -142,37 +155,56 @@ class transaction:
                 return at._values[name]
             at = at.parent
         if default is _MISSING:
-            raise KeyError(f"No value {name!r} was set in {self.name}. Set it first, or give a default.")
+            raise NoValueError(self.name, f"value {name!r}", "Set it first, or give a default.")
         return default
 
     def stage(self, value: Any) -> None:
         """The value of the transaction's own record, written when the outermost block ends.
 
+        Taken as it is now: encoded at once, on the calling thread. A value that cannot be stored rolls the
+        block back at its end. Where the record was committed before the block began, nothing is written.
+
         Raises:
-            ConfigurationError: The transaction has no key.
+            ConfigurationError: The transaction has no key, or its block is not open.
         """
         if self.key is None:
             raise ConfigurationError(
                 f"{self.name} has no key to stage a value under.", "Write transaction(key=…)."
             )
-        self._value = value
+        if self.state not in ("ACTIVE", "COMMITTED") or self._is_over:
+            raise ConfigurationError(f"{self.name} is not open.", "Stage inside of its `async with` block.")
+        if self.state == "COMMITTED":
+            return
+        records, place, facts = self._engine.records, self._place(), Facts(self.id, self.name)
+        try:
+            prepared = records.prepare_now(place, self.key, value, facts).snapshot()
+        except Exception as error:  # a serializer of the user's own may raise anything
+            self.break_with(CommitError(self.key, str(error), self.name))
+            return
+        served = records.served(prepared, is_snapshot=True)
+        version, exclusive = self._expectation
+        self.add_record((place.records.url, self.key), Staged(prepared, version, exclusive, served))
 
     async def read(self) -> Any:
-        """The value of the transaction's own record: staged here, else committed.
+        """The value of the transaction's own record: staged here or around, else committed.
 
         Raises:
-            LookupError: There is neither.
+            NoValueError: There is neither.
+            ConfigurationError: The transaction has no key.
         """
-        if self._value is not _MISSING:
-            return self._value
-        found = await self._engine.records.lookup(self._place(), self._own_key())
+        place, key = self._place(), self._own_key()
+        staged = self.staged((place.records.url, key))
+        if staged is not None:
+            return staged.value()
+        found = await self._engine.records.lookup(place, key)
         if isinstance(found, Hit):
             return found.value
-        raise LookupError(f"{self.name} has no record: {found.reason}. Stage a value first.")
+        raise NoValueError(self.name, f"record ({found.reason})", "Stage a value first.")
 
     def rollback(self) -> None:
-        """Drop what this block has staged and set; its hooks run at the block's end. An outer block goes on."""
+        """Drop what this block has staged, now and until its end; then its hooks run. An outer block goes on."""
         self._is_rolled_back = True
+        self._staged.clear()
 
     def is_committed(self) -> bool:
         return self.state == "COMMITTED"
@@ -183,7 +215,11 @@ class transaction:
     # --- the block
 
     async def __aenter__(self) -> Self:
-        outer = current_transaction.get()
+        if self.state != "PENDING":
+            raise ConfigurationError(
+                f"{self.name} was entered before.", "Make a new transaction() for each block."
+            )
+        outer = enclosing()
         self.run = current_run.get()
         entered = current_engine.get()
         if entered is not None and entered._is_open:
@@ -201,7 +237,7 @@ class transaction:
                     "Pass lock_manager=… to it or to the engine, or set ONCEFLOW_LOCKS.",
                 )
         if self.key is not None:
-            await self._open_key()
+            await open_keyed(self, self._lock_timeout)
         self._token: Token[transaction | None] = current_transaction.set(self)
         return self
 
@@ -231,40 +267,59 @@ class transaction:
             await uncancelled(self._abandon())
             return
         try:
-            await self._end_submitted()
+            await finish(self, self.name)  # a failure that nobody looked at rolls the block back
         except BaseException:
             await uncancelled(self._abandon())
             raise
-        if self._is_rolled_back:
-            await uncancelled(self.roll_back())
-        elif self.parent is not None and not self.independent:
-            self.join_parent()
-        else:
-            await uncancelled(self.commit())
-
-    async def _end_submitted(self) -> None:
-        """Wait for what was submitted in the block; a failure that nobody looked at rolls it back."""
-        await finish(self, self.name)
+        await self.end()
 
     async def _abandon(self) -> None:
         await cancel_all(self)
         await self.roll_back()
 
+    async def end(self) -> None:
+        """The block, or the run, has come to its end without an error: join what is around, or decide.
+
+        Raises:
+            CommitError: See `commit`.
+        """
+        around = self._around()
+        if self._is_rolled_back or (around is not None and around.state == "ROLLED_BACK"):
+            await uncancelled(self.roll_back())
+        elif around is None or around._is_over:
+            await uncancelled(self.commit())
+        else:
+            self._join(around)
+
+    def _around(self) -> transaction | None:
+        """Whose outcome decides: the next one around that has not joined another itself; None for our own."""
+        at = None if self.independent else self.parent
+        while at is not None and at.state == "STAGED":
+            at = at.parent
+        return at if at is not None and at.joins else None
+
     # --- staging
 
     def staged(self, where: Where) -> Served | None:
-        """What this transaction, or one around it, has staged under an object's name."""
+        """What this transaction, or one around it, has staged under an object's name and has not expired."""
         at: transaction | None = self
         while at is not None:
             if where in at._staged:
-                return at._staged[where].served
+                staged = at._staged[where]
+                expires_at = staged.prepared.header.expires_at
+                return staged.served if expires_at is None or expires_at > self._engine.clock() else None
             at = None if at.independent else at.parent
         return None
 
     def add_record(self, where: Where, staged: Staged) -> None:
+        """Take a record in; nothing is kept of a block that is to be rolled back."""
+        if self._is_rolled_back:
+            return
         earlier = self._staged.get(where)
         if earlier is not None:  # the later value goes, on what the earlier one expected to find
-            staged = staged._replace(expect=earlier.expect, exclusive=earlier.exclusive)
+            staged = staged._replace(
+                expect=earlier.expect, exclusive=earlier.exclusive, replaces=earlier.replaces
+            )
         self._staged[where] = staged
 
     def add_run(self, run: Run, hooks: dict[str, list[Callable[..., Any]]]) -> None:
@@ -282,29 +337,24 @@ class transaction:
     def is_broken(self) -> bool:
         return self._broken is not None
 
-    def join_parent(self) -> None:
+    def _join(self, around: transaction) -> None:
         """Hand everything to the enclosing block, whose outcome decides."""
-        parent = self.parent
-        assert parent is not None
-        if self._value is not _MISSING:
-            parent._keyed.append(self)
         for where, staged in self._staged.items():
-            parent.add_record(where, staged)
-        parent._runs += self._runs
-        parent._hooks += self._hooks
-        parent._keyed += self._keyed
-        parent._broken = parent._broken or self._broken
+            around.add_record(where, staged)
+        around._runs += self._runs
+        around._hooks += self._hooks
+        around._broken = around._broken or self._broken
         for held in self.held:
-            parent.held.append(held)
-            held.flight.keep(parent, parent.staged(held.flight.where))
+            around.held.append(held)
+            held.flight.keep(around, around.staged(held.flight.where))
         self.held = []
-        self.state = "STAGED" if self.state == "ACTIVE" else self.state
-        parent._inner.append(self)
+        self.state = "STAGED"
+        around._inner.append(self)
 
     # --- the outcome
 
     async def commit(self) -> None:
-        """Make everything visible in one step.
+        """Make everything visible in one step, free the keys, call the hooks.
 
         Raises:
             CommitError: Nothing of it is visible; names the member that could not be written.
@@ -312,77 +362,29 @@ class transaction:
         try:
             if self._broken is not None:
                 raise self._broken
-            await self._prepare_keyed()
-            await self._write()
-        except CommitError:
+            await write(self)
+        except BaseException:
             await self.roll_back()
             raise
         self._settle("COMMITTED")
         await self._release(committed=True)
-        await self._call("on_commit")
-
-    async def _prepare_keyed(self) -> None:
-        """Encode the values that keyed transactions have staged."""
-        for keyed in [*self._keyed, self]:
-            if keyed._value is _MISSING or keyed.state == "COMMITTED":
-                continue
-            key = keyed._own_key()
-            place = keyed._place()
-            facts = Facts(self.id, keyed.name)
-            try:
-                prepared = await self._engine.records.prepare(place, key, keyed._value, facts)
-            except StorageError as error:
-                raise CommitError(key, str(error)) from error
-            served = self._engine.records.served(prepared)
-            version, exclusive = keyed._expectation
-            self.add_record((place.records.url, key), Staged(prepared, version, exclusive, served, None))
-
-    async def _write(self) -> None:
-        records = self._engine.records
-        if not self._staged:
-            return
-        for held in self.held:
-            if held.lost:
-                raise CommitError(held.flight.where[1], "its lease was lost before the commit")
-        for held in self.held:
-            if (mine := self._staged.get(held.flight.where)) is not None:
-                self._staged[held.flight.where] = mine._replace(expect=await held.settle(mine.expect))
-        storages = {
-            staged.prepared.place.records.url: staged.prepared.place.records
-            for staged in self._staged.values()
-        }
-        where = next(iter(self._staged))
-        try:
-            if len(self._staged) == 1:
-                (staged,) = self._staged.values()
-                await records.write(staged.prepared, expect=staged.expect, exclusive=staged.exclusive)
-                return
-            for storage in storages.values():
-                await storage.ensure_conditional()
-            members = [
-                records.member(staged.prepared, staged.expect, staged.exclusive)
-                for staged in self._staged.values()
-            ]
-            await records.commit_together(self.id, members)
-        except Refused as error:
-            raise CommitError(error.where[1], error.reason) from error
-        except (StorageError, OSError) as error:
-            raise CommitError(getattr(error, "key", None) or where[1], str(error)) from error
+        await call_hooks(self._hooks, "on_commit")
 
     async def roll_back(self) -> None:
-        """Drop everything, run the rollback hooks in reverse order, free the keys."""
-        if self.state == "ROLLED_BACK":
+        """Drop everything, free the keys, run the rollback hooks in reverse order."""
+        if self._is_over:
             return
         self._staged.clear()
         self._settle("ROLLED_BACK")
         for run in reversed(self._runs):
-            if run.state.is_completed():
+            if run.state.is_completed() and run.state.name != "RolledBack":
                 run.enter("roll_back", run.state.data, "rolled back with its transaction")
         await self._release(committed=False)
-        await self._call("on_rollback")
+        await call_hooks(self._hooks, "on_rollback")
 
     def _settle(self, state: str) -> None:
         self.state = state
+        self._is_over = True
         for inner in self._inner:
             inner._settle(state)
 
@@ -396,41 +398,27 @@ class transaction:
             finally:  # a waiter that is not woken waits for ever
                 self._engine.flights.finish(each.flight, staged.served if staged is not None else None)
 
-    async def _call(self, event: str) -> None:
-        """Call the hooks of the outcome: commits in order, rollbacks in reverse. One that raises is logged."""
-        hooks = [hook for hook in self._hooks if hook[0] == event]
-        for _, hook, inner, owner in hooks if event == "on_commit" else reversed(hooks):
-            name = getattr(hook, "__name__", repr(hook))
-            verb = "commit" if event == "on_commit" else "rollback"
-            logger.info("Task run %r - Running %s hook %r", owner, verb, name)
-            try:
-                outcome = hook(inner)
-                if inspect.isawaitable(outcome):
-                    await outcome
-            except asyncio.CancelledError:
-                raise
-            except Exception:
-                logger.exception(
-                    "Task run %r - An error was encountered while running %s hook %r", owner, verb, name
-                )
-            else:
-                logger.info(
-                    "Task run %r - %s hook %r finished running successfully", owner, verb.capitalize(), name
-                )
-
     # --- the transaction's own record
 
     _expectation: tuple[str | None, bool] = (ANY, False)
+    """The version that the look-up at the block's beginning saw, and whether the key is held."""
 
     def _own_key(self) -> str:
-        assert self.key is not None
+        if self.key is None:
+            raise ConfigurationError(f"{self.name} has no key.", "Write transaction(key=…).")
         return self.key
 
     def _place(self) -> Place:
         engine = self._engine
-        storage = engine.storage_for(self._storage) if self._storage is not None else engine.storage
+        storage = (
+            engine.meet(engine.storage_for(self._storage)) if self._storage is not None else engine.storage
+        )
         return Place(storage, engine.key_storage, engine.serializer)
 
-    async def _open_key(self) -> None:
-        """Take the key where the block is SERIALIZABLE, and see whether it is committed already."""
-        await open_keyed(self, self._lock_timeout)
+
+def enclosing() -> transaction | None:
+    """The innermost transaction here that has not had its outcome: a task may outlive the block it was started in."""
+    txn = current_transaction.get()
+    while txn is not None and txn._is_over:
+        txn = txn.parent
+    return txn
