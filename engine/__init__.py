@@ -6,8 +6,9 @@ from ._context import get_run_context, tags
 from ._engine import Engine
 from ._errors import (
     CacheKeyError, CommitError, ConfigurationError, DeadlockError, EngineClosedError, EngineError,
-    NoActiveRunError, ParameterError, RunCancelledError, RunCrashedError, RunFailedError, RunningLoopError,
-    RunTimeoutError, SettingsError, UncacheableInputError, UnfinishedRunError, UpstreamFailedError,
+    NoActiveRunError, ParameterError, ProcessEndedError, RunCancelledError, RunCrashedError,
+    RunFailedError, RunningLoopError, RunTimeoutError, SettingsError, UncacheableInputError,
+    UnfinishedRunError, UpstreamFailedError,
 )  # fmt: skip
 from ._flow import flow
 from ._futures import FlowFuture, TaskFuture, allow_failure, as_completed, quote, unmapped, wait
@@ -21,13 +22,14 @@ from ._task import task
 from ._transaction import transaction
 
 __all__ = [
-    "DEFAULT", "FLOW_PARAMETERS", "INPUTS", "NONE", "RUN_ID", "TASK_SOURCE", "CacheKeyError", "CachePolicy",
-    "CommitError", "ConfigurationError", "DeadlockError", "Engine", "EngineClosedError", "EngineError",
-    "FlowFuture", "IsolationLevel", "NoActiveRunError", "ParameterError", "RunCancelledError",
-    "RunCrashedError", "RunFailedError", "RunTimeoutError", "RunningLoopError", "Settings", "SettingsError",
-    "State", "StateType", "TaskFuture", "UncacheableInputError", "UnfinishedRunError", "UpstreamFailedError",
-    "allow_failure", "as_completed", "flow", "get_run_context", "get_run_logger", "quote", "tags", "task",
-    "transaction", "unmapped", "wait",
+    "DEFAULT", "FLOW_PARAMETERS", "INPUTS", "NONE", "RUN_ID", "TASK_SOURCE", "CacheKeyError",
+    "CachePolicy", "CommitError", "ConfigurationError", "DeadlockError", "Engine", "EngineClosedError",
+    "EngineError", "FlowFuture", "IsolationLevel", "NoActiveRunError", "ParameterError",
+    "ProcessEndedError", "RunCancelledError", "RunCrashedError", "RunFailedError", "RunTimeoutError",
+    "RunningLoopError", "Settings", "SettingsError", "State", "StateType", "TaskFuture",
+    "UncacheableInputError", "UnfinishedRunError", "UpstreamFailedError", "allow_failure",
+    "as_completed", "flow", "get_run_context", "get_run_logger", "quote", "tags", "task", "transaction",
+    "unmapped", "wait",
 ]  # fmt: skip
 
 for _name in __all__:
