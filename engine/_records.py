@@ -25,7 +25,7 @@ from ..storage._errors import (
     StorageError,
     VersionMismatchError,
 )
-from ..storage._serializers import Serializer, decode, uses_pickle
+from ..storage._serializers import Serializer, decode, is_known, uses_pickle
 from ..storage._storage import Buffer, Stored
 from ..storage._weight import is_heavy
 from ._commit import Carrier
@@ -246,7 +246,7 @@ class Records(Failures):
         if refusal is not None:
             self._copies.drop(where)
             return Miss(refusal, header, copy.version)
-        if copy.original is not MISSING:
+        if copy.original is not MISSING and is_known(header.serializer, place.serializer):
             return Hit(copy.original, header, copy.version)
         if header.payload_size <= LEAVES_LOOP:
             return Hit(self._decode(place, header, copy.segments, check=False), header, copy.version)

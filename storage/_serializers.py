@@ -282,6 +282,11 @@ def decode(
     return serializer.decode(recorded, segments, imports=imports)
 
 
+def is_known(recorded: str, using: Serializer) -> bool:
+    """Whether `decode` finds a serializer for records that name `recorded`."""
+    return using.reads(recorded) or recorded in _CONCRETE
+
+
 def uses_pickle(recorded: str) -> bool:
     """Whether reading a record of this serializer runs pickle, and so code of the writer's choosing."""
     return recorded.rpartition("/")[2] == "pickle"
