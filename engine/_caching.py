@@ -14,8 +14,8 @@ from ._exclusive import exclusively
 from ._explain import Explanation, explanation, reason_for
 from ._locks import isolation_of
 from ._logging import logger
+from ._place import Hit, Miss, ago
 from ._policies import CachePolicy, ComponentPolicy, Components, NonePolicy, key_from
-from ._records import Hit, Miss, ago
 
 if TYPE_CHECKING:
     from ._definition import Definition

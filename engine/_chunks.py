@@ -19,7 +19,7 @@ from ._commit import uncancelled
 from ._context import TaskRun, new_id
 from ._errors import CacheKeyError
 from ._logging import logger
-from ._records import SHAREABLE, Facts, Hit, Place
+from ._place import SHAREABLE, Facts, Hit, Place
 from ._steps import ABSENT
 
 CHUNK = 1024 * 1024

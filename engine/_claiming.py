@@ -12,7 +12,8 @@ from ..storage import ObjectNotFoundError, RecordError
 from ..storage._envelope import unpack_header
 from ..storage._storage import Stored
 from ._claims import HEADER, Claim
-from ._records import FIRST, Hit, Miss
+from ._lookup import FIRST
+from ._place import Hit, Miss
 from ._steps import ABSENT
 
 if TYPE_CHECKING:

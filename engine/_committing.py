@@ -11,8 +11,9 @@ from ._errors import CommitError
 from ._explain import reason_for
 from ._locks import Held
 from ._logging import INFO, logger
+from ._place import Facts, Hit, Miss, Place, Prepared, ago
 from ._policies import CachePolicy, Components
-from ._records import LARGE, Facts, Hit, Miss, Place, Prepared, ago
+from ._records import LARGE
 from ._states import COMPLETED, FAILED
 from ._steps import Refused, Where
 from ._transaction import Staged

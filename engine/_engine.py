@@ -23,7 +23,8 @@ from ._errors import CacheKeyError, ConfigurationError, EngineClosedError
 from ._explain import Explainer
 from ._flights import Room
 from ._limits import Limits
-from ._records import Place, Records
+from ._place import Place
+from ._records import Records
 from ._settings import Settings, stamp
 from ._watchdog import Watchdog
 

@@ -13,7 +13,8 @@ from ._context import Run
 from ._flights import Flight, Inside, Lead, Patience, Served
 from ._locks import Held, hold
 from ._logging import logger
-from ._records import LEAVES_LOOP, Hit, Miss, Prepared
+from ._lookup import LEAVES_LOOP
+from ._place import Hit, Miss, Prepared
 from ._steps import ANY
 
 

@@ -13,7 +13,7 @@ from ._context import new_id
 from ._errors import RunFailedError
 
 if TYPE_CHECKING:
-    from ._records import Facts
+    from ._place import Facts
 
 _PICKLE = PickleSerializer()
 

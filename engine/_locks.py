@@ -9,8 +9,8 @@ from ._commit import uncancelled
 from ._errors import ConfigurationError
 from ._flights import Flight, Lead, Patience
 from ._logging import logger
+from ._place import Hit
 from ._policies import IsolationLevel
-from ._records import Hit
 
 if TYPE_CHECKING:
     from ._context import FlowRun, TaskRun

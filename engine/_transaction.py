@@ -22,8 +22,8 @@ from ._flights import Flight, Served
 from ._locks import Held, open_keyed
 from ._outcome import call_hooks, write
 from ._owning import cancel_all, finish
+from ._place import Facts, Hit, Place, Prepared
 from ._policies import IsolationLevel
-from ._records import Facts, Hit, Place, Prepared
 from ._steps import ANY, Where
 
 if TYPE_CHECKING:

@@ -1,0 +1,98 @@
+"""Where records lie, what they are made of, and what a look-up answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..storage import Storage
+from ..storage._envelope import Header
+from ..storage._serializers import Serializer
+from ..storage._storage import Buffer
+from ._copies import MISSING
+from ._steps import ANY
+
+SHAREABLE = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+
+class Place(NamedTuple):
+    """Where the records of a task lie, and how its values are written."""
+
+    storage: Storage
+    key_storage: Storage | None
+    serializer: Serializer
+    location: str | None = None
+    """The storage key of the user's own, under which the value lies apart from its record."""
+
+    @property
+    def records(self) -> Storage:
+        return self.key_storage or self.storage
+
+    @property
+    def is_split(self) -> bool:
+        return self.key_storage is not None or self.location is not None
+
+
+class Hit(NamedTuple):
+    """A committed record that may be served."""
+
+    value: Any
+    header: Header
+    version: str
+
+
+class Miss(NamedTuple):
+    """No record that may be served, and why. `version` is what lies there all the same, for a conditional write:
+    ABSENT for nothing, ANY where nobody knows, as behind a transaction's intent."""
+
+    reason: str
+    header: Header | None = None
+    version: str | None = ANY
+    plain: Buffer | None = None
+    """All of the object, where it is a record that the first read had whole."""
+
+
+@dataclass(slots=True)
+class Facts:
+    """What a record says of the run that wrote it."""
+
+    run_id: str
+    task: str
+    components: dict[str, str] = field(default_factory=dict)
+    expires_at: float | None = None
+    token: int | None = None
+
+
+class Prepared(NamedTuple):
+    """A record that is ready to be written: the value first where it lies apart, then the record."""
+
+    key: str
+    place: Place
+    header: Header
+    record: Sequence[Buffer]
+    value: Sequence[Buffer] | None
+    segments: Sequence[Buffer]
+    original: Any
+
+    def snapshot(self) -> Prepared:
+        """The same with buffers of its own: those of the encoding may be views of what the caller goes on to change."""
+        head = bytes(self.record[0])
+        payload = memoryview(b"".join(self.record[1:] if self.value is None else self.value))
+        segments = [payload[start:end] for start, end in self.header.ranges()]
+        if self.value is None:
+            return self._replace(record=[head, payload], segments=segments)
+        return self._replace(record=[head], value=[payload], segments=segments)
+
+
+def ago(seconds: float) -> str:
+    """A duration for people: `3 min`, `2 h`, `5 d`."""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def shareable(value: Any) -> Any:
+    """The value where nobody can change it, so that one object serves all; else MISSING."""
+    return value if type(value) in SHAREABLE else MISSING
