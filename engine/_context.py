@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
@@ -19,6 +19,7 @@ from ._states import PENDING, quick
 if TYPE_CHECKING:
     import asyncio
 
+    from ._deadlocks import Waiting
     from ._engine import Engine
     from ._flights import Flight
     from ._flow import Flow
@@ -57,6 +58,10 @@ class Run(Life):
     """The innermost transaction that the run is part of."""
     tags: frozenset[str] = frozenset()
     reason: str = ""
+    is_submitted: bool = False
+    """Whether it runs in an asyncio task of its own, so that its owner, and not its caller, awaits it."""
+    waits: dict[Waiting, Collection[RunFuture[Any]]] | None = None
+    """What the run, and what cannot end without it, waits for."""
     links: Sequence[Link] = ()
     """The streams that the run reads, with the values that it has in hand."""
     holds: dict[Slots, Hold] | None = None

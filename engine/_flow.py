@@ -105,6 +105,7 @@ class Flow(Definition[P, R]):
         run.engine = engine
         run.tags = self.tags | current_tags.get()
         run.name_template = self.flow_run_name
+        run.is_submitted = True
         future: FlowFuture[R] = FlowFuture(run)
         future.owner = engine
         work = asyncio.get_running_loop().create_task(
@@ -123,11 +124,11 @@ class Flow(Definition[P, R]):
     # --- hooks
 
     def on_cancellation(self, hook: F) -> F:
-        """Call `hook(flow, run, state)` when a run was cancelled, shielded from further cancellation."""
+        """Call `hook(flow, run, state)` when a run was cancelled: shielded, for 10 s at most."""
         return self._add_hook("on_cancellation", hook)
 
     def on_crashed(self, hook: F) -> F:
-        """Call `hook(flow, run, state)` when a run was ended by a BaseException such as KeyboardInterrupt."""
+        """Call `hook(flow, run, state)` when a run was ended by a BaseException such as SystemExit; as above."""
         return self._add_hook("on_crashed", hook)
 
     # --- the body

@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from ._context import current_run
-from ._errors import DeadlockError
+from ._deadlocks import begin_waiting
 from ._logging import logger
 from ._states import CANCELLED, COMPLETED, State
 
@@ -107,8 +106,12 @@ class RunFuture(Generic[R]):
         """
         _check_timeout(timeout)
         if not self._work.done():
-            self._refuse_deadlock()
-            await asyncio.wait([self._work], timeout=timeout)
+            waiting = begin_waiting((self,), for_good=timeout is None)
+            try:
+                await asyncio.wait([self._work], timeout=timeout)
+            finally:
+                if waiting is not None:
+                    waiting.end()
         return self.state if self._work.done() else None
 
     async def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
@@ -124,8 +127,12 @@ class RunFuture(Generic[R]):
 
     def __await__(self) -> Generator[Any, None, R]:
         if not self._work.done():
-            self._refuse_deadlock()
-            yield from _until_done(self._work).__await__()
+            waiting = begin_waiting((self,))
+            try:
+                yield from _until_done(self._work).__await__()
+            finally:
+                if waiting is not None:
+                    waiting.end()
         self._observed = True  # not before: whoever gives up waiting has not seen the failure
         self._settle()
         state = self.run.states[-1]
@@ -148,28 +155,8 @@ class RunFuture(Generic[R]):
         error = state.error()
         logger.error("%r, which nobody but the engine owns, failed: %r", self, error, exc_info=error)
 
-    def _refuse_deadlock(self) -> None:
-        refuse_deadlock((self,))
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} {self.run.states[-1]!r}>"
-
-
-def refuse_deadlock(futures: Iterable[RunFuture[Any]]) -> None:
-    """Refuse to wait for a run that this one is a part of: it would wait for this one in turn.
-
-    Raises:
-        DeadlockError: With the chain from the awaited run down to this one, and back.
-    """
-    waiters: list[Run] = []
-    waiter: Run | None = current_run.get()
-    while waiter is not None:
-        waiters.append(waiter)
-        waiter = waiter.parent
-    for future in futures:
-        if future.run in waiters and not future._work.done():
-            names = [run.name for run in waiters[: waiters.index(future.run) + 1]]
-            raise DeadlockError([*reversed(names), names[-1]])
 
 
 async def _until_done(work: asyncio.Task[None]) -> None:
@@ -266,11 +253,11 @@ class FutureList(list["TaskFuture[R]"]):
 class PendingFutureList(FutureList[R]):
     """The futures of a `map` over a future that was not done yet: there are none before it is awaited."""
 
-    _filling: RunFuture[None]  # pyright: ignore[reportIncompatibleVariableOverride]  # here it is always set
+    _filling: RunFuture[None]
 
     def __init__(self, filling: RunFuture[None]) -> None:
         super().__init__()
-        self._filling = filling
+        self._filling = filling  # pyright: ignore[reportIncompatibleVariableOverride]  #  always set
 
     async def wait(self, timeout: float | None = None) -> list[State[R]]:
         left = await self._fill(timeout)
@@ -320,7 +307,7 @@ async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> 
     pending = {future._work: future for future in futures if not future._work.done()}
     if not pending or (stop_on_failure and any(_has_failed(f) for f in futures if f._work not in pending)):
         return
-    refuse_deadlock(pending.values())
+    waiting = begin_waiting(pending.values())
     waiter = asyncio.get_running_loop().create_future()
     left = len(pending)
 
@@ -335,6 +322,8 @@ async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> 
     try:
         await waiter
     finally:
+        if waiting is not None:
+            waiting.end()
         for work in pending:
             work.remove_done_callback(ended)
 
@@ -350,10 +339,14 @@ async def wait(
     """Wait for all futures, `timeout` seconds at most: `(done, not_done)`. Never raises for a failed run."""
     _check_timeout(timeout)
     futures = list(futures)
-    refuse_deadlock(futures)
     works = {future._work for future in futures if not future._work.done()}
-    if works:
-        await asyncio.wait(works, timeout=timeout)
+    waiting = begin_waiting(futures, for_good=timeout is None)
+    try:
+        if works:
+            await asyncio.wait(works, timeout=timeout)
+    finally:
+        if waiting is not None:
+            waiting.end()
     done = {future for future in futures if future._work.done()}
     for future in done:
         future._settle()
@@ -371,7 +364,6 @@ async def as_completed(
     """
     _check_timeout(timeout)
     futures = list(dict.fromkeys(futures))
-    refuse_deadlock(futures)
     loop = asyncio.get_running_loop()
     finished: deque[RunFuture[R]] = deque(future for future in futures if future._work.done())
     pending = {future._work: future for future in futures if not future._work.done()}
@@ -392,7 +384,12 @@ async def as_completed(
             if pending:
                 waiter = loop.create_future()
                 left = None if deadline is None else max(0.0, deadline - loop.time())
-                await asyncio.wait([waiter], timeout=left)
+                waiting = begin_waiting([*pending.values()], for_good=left is None)
+                try:
+                    await asyncio.wait([waiter], timeout=left)
+                finally:
+                    if waiting is not None:
+                        waiting.end()
                 if not waiter.done():
                     waiter.cancel()
                     raise TimeoutError(

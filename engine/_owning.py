@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from ._commit import uncancelled
 from ._context import FlowRun, TaskRun, current_run, current_transaction
 from ._engine import Engine, current_engine
 from ._errors import EngineClosedError
@@ -76,8 +77,12 @@ def unnoticed(failed: Iterable[RunFuture[Any]]) -> list[BaseException]:
 
 
 async def cancel_all(owner: Owner) -> None:
-    """Cancel the unfinished runs of an owner and wait until they have ended, those too that they start meanwhile."""
-    await _cancel(owner)
+    """Cancel the unfinished runs of an owner and wait until they have ended, those too that they start meanwhile.
+
+    Cancelled itself, it waits all the same, and passes the cancellation on.
+    """
+    if owner.running:
+        await uncancelled(_cancel(owner))
     owner.failed.clear()
 
 

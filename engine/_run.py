@@ -51,7 +51,7 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     except CancelledError:
         if not run.is_over:  # cancelled during its commit, a completed run stays completed
             run.enter("cancel", message=run.engine.interrupted or "cancelled while it ran")
-        await uncancelled(end(run, definition))
+        await _end_shielded(run, definition)
         raise
     except NotReady as error:
         _not_ready(run, error.upstream)
@@ -63,7 +63,8 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     except BaseException as error:
         if not run.is_over:
             run.enter("crash", error, f"{type(error).__name__}: {error}")
-        await end(run, definition)
+        if not isinstance(error, GeneratorExit):  # the coroutine was dropped, and may not await any more
+            await _end_shielded(run, definition)
         raise
     finally:
         current_run.reset(token)
@@ -313,6 +314,22 @@ async def end(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
             current_run.reset(token)
 
 
+async def _end_shielded(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
+    """As `end`, for a run that is on its way out: no cancellation breaks it off, and no hook holds it up for long."""
+    event = _EVENTS.get(run.states[-1].type)
+    if event is None or event not in definition.hooks:
+        await end(run, definition)  # has nothing to wait for
+        return
+    try:
+        await uncancelled(asyncio.wait_for(end(run, definition), HOOK_SECONDS))
+    except TimeoutError:
+        logger.warning(
+            "%s %r - its %s hooks were broken off after %.3g s", definition.kind, run.name, event, HOOK_SECONDS
+        )
+
+
+HOOK_SECONDS = 10.0
+"""How long the hooks of a cancelled or crashed run may take, all together."""
 _EVENTS = {
     COMPLETED: "on_completion",
     FAILED: "on_failure",

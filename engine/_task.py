@@ -171,7 +171,9 @@ class Task(Definition[P, R]):
     def run_to_state(
         self, *args: Any, wait_for: Iterable[Any], **kwargs: Any
     ) -> Coroutine[Any, Any, State[R]]: ...
-    async def run_to_state(self, *args: Any, **kwargs: Any) -> State[R]:
+    async def run_to_state(  # pyright: ignore[reportInconsistentOverload]  # to it a CoroutineType is no Coroutine
+        self, *args: Any, **kwargs: Any
+    ) -> State[R]:
         """As a call, but returns the final state, and never raises for a failed run; cancellation propagates."""
         run = await self._begin(args, kwargs)
         return await (perform(run) if run.parent is not None else perform_root(run))
@@ -225,6 +227,7 @@ class Task(Definition[P, R]):
         run = self._run(args, kwargs, parent)
         if parent is None:
             run.engine = owner.engine
+        run.is_submitted = True
         future: TaskFuture[R] = TaskFuture(run)
         future.owner = owner
         future._work = asyncio.get_running_loop().create_task(perform_submitted(future, owner))
@@ -377,7 +380,8 @@ class GeneratorTask(Task[P, T]):
 def _make(fn: Callable[..., Any], options: Any) -> Task[..., Any]:
     inner = _unwrapped(fn.__func__ if isinstance(fn, (classmethod, staticmethod)) else fn)
     is_generator = inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner)
-    return (GeneratorTask if is_generator else Task)(fn, options)
+    kind: Callable[[Any, Any], Task[..., Any]] = GeneratorTask if is_generator else Task
+    return kind(fn, options)
 
 
 def _unwrapped(fn: Any) -> Any:
