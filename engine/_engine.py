@@ -216,13 +216,22 @@ class Engine(Embedding):
         if self._watchdog is not None:
             watchdog, self._watchdog = self._watchdog, None
             await watchdog.stop()
-        await self.explainer.flush(self.records.signing_keys)
-        for storage in self._own.values():
-            await storage.aclose()
-        self._own.clear()
+        closings: list[Callable[[], Awaitable[None]]] = [
+            functools.partial(self.explainer.flush, self.records.signing_keys)
+        ]
+        closings += [storage.aclose for storage in self._own.values()]
         if self._own_locks is not None:
-            await self._own_locks.aclose()
+            closings.append(self._own_locks.aclose)
             self.lock_manager = self._own_locks = None
+        self._own.clear()
+        errors: list[Exception] = []
+        for closing in closings:
+            try:
+                await closing()
+            except Exception as error:
+                errors.append(error)  # the others are closed all the same
+        if errors:
+            raise ExceptionGroup("closing the engine", errors)
 
     async def close_with_loop(self) -> None:
         """The end of an engine that nobody entered: with its loop, which is forgotten."""
