@@ -57,7 +57,7 @@ async def local_engine(tmp_path: Path) -> AsyncIterator[Engine]:
 
 async def records_in(storage: Storage) -> list[str]:
     """The kinds of what lies there; the engine's own notes, and failures kept aside, left out."""
-    keys = [stat.key async for stat in storage.list() if not stat.key.startswith(".")]
+    keys = [stat.key async for stat in storage.list() if stat.key[0] not in ".\0"]
     kinds = [unpack_header(await storage.read(key))[0].kind for key in keys]
     return [kind for kind in kinds if kind != "failure"]
 

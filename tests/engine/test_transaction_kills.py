@@ -1,0 +1,183 @@
+"""Processes that are killed while they commit, others that read all the time, and what is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from onceflow.engine import Engine
+from onceflow.storage import Storage, storage_from_url
+from onceflow.storage._envelope import Header, unpack_header
+from processes import line, python
+from s3_servers import new_prefix, s3_bucket, s3_server
+from transaction_worker import Reader, keys_of
+
+SIZES = (1, 2, 5)
+
+
+@pytest.fixture(params=["local", "s3"])
+def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The URL of an empty storage, its server started: that blocks, so it happens outside of the loop."""
+    if request.param == "local":
+        return f"file://{quote(str(tmp_path / 'records'))}"
+    for name, value in s3_server().environment.items():
+        monkeypatch.setenv(name, value)
+    endpoint = quote(s3_server().endpoint_url, safe="")
+    return f"s3://{s3_bucket()}/{new_prefix()}?endpoint_url={endpoint}"
+
+
+@pytest.fixture
+async def storage(url: str) -> AsyncIterator[Storage]:
+    async with storage_from_url(url) as storage:
+        yield storage
+
+
+async def headers_in(storage: Storage, name: str) -> dict[str, Header]:
+    keys = [stat.key async for stat in storage.list() if stat.key.startswith(name)]
+    return {key: unpack_header(await storage.read(key))[0] for key in keys}
+
+
+async def all_keys(storage: Storage) -> set[str]:
+    return {stat.key async for stat in storage.list()}
+
+
+class Writers:
+    """Forks a process for each commit, and says how it ended."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    async def commit(self, tasks: int, name: str, number: int, at: int, weight: int = 0) -> str:
+        """Commit, killed instead of the `at`-th write; 0 rolls back."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{tasks} {name} {number} {at} {weight}\n".encode())
+        await self._process.stdin.drain()
+        (ended,) = await line(self._process)
+        return ended
+
+
+async def test_killed_at_every_write(url: str, storage: Storage, tmp_path: Path) -> None:
+    """53, 54, 56, 59: a process killed at any write of a commit of 1, 2 and 5 tasks leaves all or nothing.
+
+    Readers that look all the time see no mixed set, what was committed before stays until it is replaced, and
+    once somebody has read the keys there is no intent and no other object left.
+    """
+    stop = tmp_path / "stop"
+    sizes = ",".join(map(str, SIZES))
+    async with AsyncExitStack() as stack:
+        writers = Writers(await stack.enter_async_context(python("transaction_worker.py", "serve", url)))
+        checker = await stack.enter_async_context(
+            python("transaction_worker.py", "watch", url, "rising", "watched", sizes, str(stop))
+        )
+        assert await line(writers._process) == ["ready"]
+        assert await line(checker) == ["ready"]
+        engine = await stack.enter_async_context(Engine(storage=storage))
+        reader = Reader(engine)
+        number = 0
+        for tasks in SIZES:
+            for name in ("watched", "alone"):
+                committed = 0
+                for at in range(1, 2 * tasks + 4):
+                    number += 1
+                    fresh = f"{name}{at}" if name == "alone" else name  # alone: nothing was there before
+                    before = committed if name == "watched" else 0
+                    ended = await writers.commit(tasks, fresh, number, at)
+                    values = {await reader.read(key) or 0 for key in keys_of(tasks, fresh)}
+                    decided = at > (1 if tasks == 1 else tasks + 1)
+                    assert values == {number if decided else before}, (tasks, at)
+                    committed = number if decided else committed
+                    headers = await headers_in(storage, f"{fresh}-{tasks}-")
+                    assert {header.kind for header in headers.values()} <= {"record"}, (tasks, at)
+                    assert len(headers) == (tasks if values != {0} else 0)
+                    assert ended == ("killed" if at <= (1 if tasks == 1 else 2 * tasks + 1) else "exit0")
+                if name == "watched":
+                    number += 1
+                    assert await writers.commit(tasks, name, number, at=0) == "exit0"  # rolled back
+                    assert {await reader.read(key) for key in keys_of(tasks, name)} == {committed}
+        await asyncio.to_thread(stop.touch)
+        report = await line(checker)
+        assert report[0] == "reads", report
+        assert int(report[1]) > 50
+
+
+@pytest.mark.parametrize("weight", [200_000])
+async def test_killed_with_large_values(url: str, storage: Storage, weight: int) -> None:
+    """63: values that lie apart go with the transaction that was aborted, and with the record that is replaced."""
+    async with AsyncExitStack() as stack:
+        writers = Writers(await stack.enter_async_context(python("transaction_worker.py", "serve", url)))
+        assert await line(writers._process) == ["ready"]
+        reader = Reader(await stack.enter_async_context(Engine(storage=storage)))
+        keys = keys_of(2, "large")
+        assert await writers.commit(2, "large", 1, 1_000, weight) == "exit0"
+        committed = 1
+        for at in range(1, 12):
+            ended = await writers.commit(2, "large", at + 1, at, weight)
+            values = {await reader.read(key) for key in keys}
+            decided = at > 5  # two intents, two values, the decision
+            assert values == {at + 1 if decided else committed}, at
+            committed = at + 1 if decided else committed
+            headers = await headers_in(storage, "large-")
+            assert [header.kind for header in headers.values()] == ["record"] * 2
+            values_there = await all_keys(storage) - set(keys)
+            named = {header.location for header in headers.values()}
+            assert named <= values_there
+            # Killed between the replaced record and its value, a process leaves the value.
+            assert len(values_there - named) <= (2 if at in range(6, 10) else 0) + _left(at)
+            if ended == "exit0":
+                break
+        assert ended == "exit0"
+
+
+def _left(at: int) -> int:
+    """Values that kills before this one have left, at the most."""
+    return 2 * max(0, min(at, 10) - 6)
+
+
+@pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.chaos)])
+async def test_a_storm(url: str, storage: Storage, tmp_path: Path, seconds: int) -> None:
+    """44, 53, 56: several processes commit the same keys and are killed at random moments; readers see whole sets."""
+    stop = tmp_path / "stop"
+    tasks, name = 5, "storm"
+
+    async def writer() -> int:
+        kills = 0
+        while not stopped.is_set():
+            async with python("transaction_worker.py", "storm", url, str(tasks), name) as process:
+                await asyncio.sleep(random.uniform(0.6, 1.6))
+                process.kill()
+                kills += 1
+        return kills
+
+    stopped = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        checkers: list[Any] = [
+            await stack.enter_async_context(
+                python("transaction_worker.py", "watch", url, "stable", name, str(tasks), str(stop))
+            )
+            for _ in range(1 if seconds < 10 else 2)
+        ]
+        for checker in checkers:
+            assert await line(checker) == ["ready"]
+        writers = [asyncio.create_task(writer()) for _ in range(2)]
+        await asyncio.sleep(seconds)
+        stopped.set()
+        kills = sum(await asyncio.gather(*writers))
+        await asyncio.to_thread(stop.touch)
+        for checker in checkers:
+            report = await line(checker, within=60)
+            assert report[0] == "reads", report
+            assert int(report[3]) > 0
+        assert kills >= 2
+        async with Engine(storage=storage) as engine:
+            reader = Reader(engine)
+            values = {await reader.read(key) for key in keys_of(tasks, name)}
+            assert len(values) == 1
+        headers = await headers_in(storage, name)
+        assert {header.kind for header in headers.values()} <= {"record"}

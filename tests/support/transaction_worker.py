@@ -1,0 +1,171 @@
+"""Processes that commit, roll back, die and watch: `python transaction_worker.py <work> <url> <argument>…`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from onceflow.engine import Engine, task, transaction
+from onceflow.engine._place import Hit, Place
+from onceflow.storage import LocalStorage, S3Storage, storage_from_url
+
+
+def keys_of(tasks: int, name: str) -> list[str]:
+    return [f"{name}-{tasks}-{number}" for number in range(tasks)]
+
+
+@task(cache_key_fn=lambda context, parameters: parameters["key"], refresh_cache=True)
+async def write(key: str, number: int | str, weight: int = 0) -> Any:
+    return [number, bytes(weight)] if weight else number
+
+
+def dying(base: type[Any]) -> type[Any]:
+    """A storage of the kind whose process is killed instead of carrying out its n-th write."""
+
+    class Dying(base):  # type: ignore[misc]
+        left = -1
+
+        async def write(self, key: str, *args: Any, **options: Any) -> str:
+            async with self._turn(key):
+                version: str = await super().write(key, *args, **options)
+                return version
+
+        async def delete(self, key: str, *args: Any, **options: Any) -> bool:
+            async with self._turn(key):
+                there: bool = await super().delete(key, *args, **options)
+                return there
+
+        def _turn(self, key: str) -> asyncio.Lock:
+            """One write after the other, so that every number of them is a state of its own."""
+            if key[0] not in ".\0":  # the engine's own notes do not count
+                self.left -= 1
+                if self.left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            self.lock = self.__dict__.get("lock") or asyncio.Lock()
+            return self.lock
+
+    return Dying
+
+
+class _Rollback(Exception):
+    pass
+
+
+async def commit(url: str, tasks: int, name: str, number: int, at: int, weight: int) -> None:
+    """Commit `number` under all keys, and be killed at the `at`-th write; at 0, roll back at the end."""
+    there = storage_from_url(url)
+    storage = there
+    if isinstance(there, (LocalStorage, S3Storage)):
+        storage.__class__ = dying(type(there))
+        storage.left = at  # type: ignore[attr-defined]
+    async with there, Engine(storage=storage):
+        try:
+            async with transaction():
+                await asyncio.gather(*(write(key, number, weight) for key in keys_of(tasks, name)))
+                if at == 0:
+                    raise _Rollback
+        except _Rollback:
+            pass
+
+
+async def _probe(url: str) -> None:
+    async with storage_from_url(url) as storage:
+        await storage.ensure_conditional()
+
+
+def serve(url: str) -> None:
+    """For each line `tasks name number at weight` fork a process that commits; say how it ended."""
+    asyncio.run(_probe(url))  # so that the children know what a bucket can do
+    print("ready", flush=True)
+    for line in sys.stdin:
+        tasks, name, number, at, weight = line.split()
+        child = os.fork()
+        if child == 0:
+            asyncio.run(commit(url, int(tasks), name, int(number), int(at), int(weight)))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        ended = "killed" if os.WIFSIGNALED(status) else f"exit{os.waitstatus_to_exitcode(status)}"
+        print(ended, flush=True)
+
+
+async def storm(url: str, tasks: int, name: str) -> None:
+    """Commit for ever, each time under a mark that no other transaction has; some are rolled back."""
+    async with storage_from_url(url) as storage, Engine(storage=storage):
+        for count in itertools.count():
+            mark = f"{os.getpid()}-{count}"
+            keys = keys_of(tasks, name)
+            try:
+                async with transaction():
+                    await asyncio.gather(*(write(key, mark) for key in random.sample(keys, tasks)))
+                    if random.random() < 0.2:
+                        raise _Rollback
+            except _Rollback:
+                pass
+
+
+class Reader:
+    """Reads as any process does, through an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._place = Place(engine.storage, None, engine.serializer)
+        self.reads = 0
+
+    async def read(self, key: str) -> Any:
+        """The committed value, None for a miss."""
+        self.reads += 1
+        found = await self._engine.records.lookup(self._place, key)
+        value = found.value if isinstance(found, Hit) else None
+        return value[0] if isinstance(value, list) else value
+
+
+async def rising(reader: Reader, groups: list[list[str]], stop: Path) -> str:
+    """For one writer whose numbers grow: once a key has shown a number, none of its group shows a smaller one."""
+    latest = [0] * len(groups)
+    while not await asyncio.to_thread(stop.exists):
+        for index, keys in enumerate(groups):
+            for key in random.sample(keys, len(keys)):
+                number = await reader.read(key) or 0
+                if number < latest[index]:
+                    return f"mixed: {key} shows {number} after {latest[index]} was seen"
+                latest[index] = number
+    return f"reads {reader.reads}"
+
+
+async def stable(reader: Reader, groups: list[list[str]], stop: Path) -> str:
+    """For any writers: what was read twice the same in a row was there at one time, so it is of one transaction."""
+    seen, agreed = False, 0
+    while not await asyncio.to_thread(stop.exists):
+        for keys in groups:
+            first = [await reader.read(key) for key in keys]
+            if first != [await reader.read(key) for key in keys]:
+                continue
+            if len(set(first)) != 1 or (seen and first[0] is None):
+                return f"mixed: {first}"
+            seen = seen or first[0] is not None
+            agreed += 1
+    return f"reads {reader.reads} agreed {agreed}"
+
+
+async def watch(url: str, how: str, name: str, sizes: str, stop: str) -> None:
+    """Read in a loop until the file `stop` is there."""
+    groups = [keys_of(int(size), name) for size in sizes.split(",")]
+    async with storage_from_url(url) as storage, Engine(storage=storage) as engine:
+        print("ready", flush=True)
+        print(await {"rising": rising, "stable": stable}[how](Reader(engine), groups, Path(stop)), flush=True)
+
+
+if __name__ == "__main__":
+    _, work, *arguments = sys.argv
+    if work == "watch":
+        asyncio.run(watch(*arguments))
+    elif work == "storm":
+        asyncio.run(storm(arguments[0], int(arguments[1]), arguments[2]))
+    else:
+        serve(*arguments)
