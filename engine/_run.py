@@ -35,7 +35,7 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
     definition: Definition[..., Any] = run.task or run.flow  # type: ignore[assignment]
     token: Token[Any] = current_run.set(run)
     try:
-        if run.task is None:
+        if isinstance(run, FlowRun):
             await run.flow.prepare(run)
         elif marked := marked_in(run):
             await resolve(run, marked)

@@ -335,7 +335,7 @@ class GeneratorTask(Task[P, T]):
         self: GeneratorTask[Concatenate[S, Q], T], instance: S, owner: type | None = None
     ) -> GeneratorTask[Q, T]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return super().__get__(instance, owner)
+        return super().__get__(instance, owner)  # pyright: ignore[reportArgumentType]  # None with an instance only
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> RunStream[T]:  # type: ignore[override]
         """The stream. Nothing runs before its first value is asked for."""
@@ -380,8 +380,8 @@ class GeneratorTask(Task[P, T]):
 def _make(fn: Callable[..., Any], options: Any) -> Task[..., Any]:
     inner = _unwrapped(fn.__func__ if isinstance(fn, (classmethod, staticmethod)) else fn)
     is_generator = inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner)
-    kind: Callable[[Any, Any], Task[..., Any]] = GeneratorTask if is_generator else Task
-    return kind(fn, options)
+    kind = GeneratorTask if is_generator else Task
+    return kind(fn, options)  # pyright: ignore[reportArgumentType]  # it narrows to what isinstance has asked for
 
 
 def _unwrapped(fn: Any) -> Any:

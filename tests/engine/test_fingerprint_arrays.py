@@ -65,7 +65,7 @@ DISTINCT: list[Callable[[], Any]] = [
     lambda: np.array(["2024-01-01"], "M8[ns]"),
     lambda: np.array([1], "m8[s]"),
     lambda: np.datetime64("2024-01-01"),
-    lambda: np.datetime64("NaT"),
+    lambda: np.datetime64("NaT", "D"),
     lambda: np.timedelta64(1, "s"),
     lambda: np.array([(1, 2.0)], RECORD),
     lambda: np.array([(1, 3.0)], RECORD),
