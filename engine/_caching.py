@@ -67,6 +67,7 @@ async def perform(run: TaskRun | FlowRun, definition: Definition[..., Any], atte
     if txn is not None and not call.refresh and (staged := txn.staged(call.where)) is not None:
         run.reason = "cached: staged in this transaction"
         run.enter("hit", staged.value())
+        txn.add_run(run, {})  # its hooks are those of the run that has staged it
         return
     exclusive, manager = isolation_of(run, call.policy, txn)
     if manager is not None and exclusive:

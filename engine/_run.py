@@ -147,7 +147,8 @@ async def _within(
     if run.states[-1].type is not COMPLETED:
         await uncancelled(txn.roll_back())
         return
-    txn.add_run(run, definition.hooks)
+    if not run.states[-1].is_cached():  # what was committed before is not rolled back
+        txn.add_run(run, definition.hooks)
     if txn.is_broken and not txn.joins:
         await uncancelled(txn.roll_back())  # outside of a block it is no error, and a warning has been given
     else:

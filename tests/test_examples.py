@@ -72,6 +72,29 @@ state: Failed
 state: TimedOut
 """
 
+TRANSACTIONS_CACHED = """\
+run
+  load: Cached
+  process: Cached
+  sorted: [1, 2, 3]
+"""
+
+TRANSACTIONS_FIRST = (
+    """\
+run
+  load: Completed
+  process: Failed
+  rolled back: numbers.txt is removed
+  failed: no power
+run
+  load: Completed
+  process: Completed
+  sorted: [1, 2, 3]
+  committed: numbers.txt is kept
+"""
+    + TRANSACTIONS_CACHED
+)
+
 LIBRARY = """\
 3 modules, 9 lines, 2 modules imported
 complexity  functions   lines  module
@@ -87,6 +110,7 @@ OUTPUTS = {
     "04_library.py": [LIBRARY, LIBRARY],
     "05_keys.py": [KEYS_FIRST, KEYS_SECOND],
     "06_retries.py": [RETRIES],
+    "07_transactions.py": [TRANSACTIONS_FIRST, TRANSACTIONS_CACHED * 3],
 }
 # Examples that need a server.
 OWN_TESTS = {"10_bucket.py": "test_bucket_example.py", "11_web.py": "engine/test_web.py"}

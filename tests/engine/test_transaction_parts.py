@@ -125,16 +125,28 @@ async def test_no_hooks_no_lines(local_engine: Engine, caplog: pytest.LogCapture
 
 
 async def test_hooks_of_a_task_that_was_served(local_engine: Engine) -> None:
-    """H1: a hit inside a block takes part in its outcome like any other completed run."""
+    """H1: what was committed before is neither committed nor rolled back by a hit; its hooks do not run again."""
     called = []
-    hooked = load.with_options(on_rollback=[lambda txn: called.append("rollback")])
-    await load(1)
+    hooked = load.with_options(
+        on_commit=[lambda txn: called.append("commit")],
+        on_rollback=[lambda txn: called.append("rollback")],
+    )
+    await hooked(1)
+    assert called == ["commit"]
     with pytest.raises(Boom):
         async with transaction():
             assert (await hooked.run_to_state(1)).name == "Cached"
             raise Boom
-    assert called == ["rollback"]
-    assert (await load.run_to_state(1)).name == "Cached"
+    async with transaction():
+        assert (await hooked.run_to_state(1)).name == "Cached"
+    assert (await hooked.run_to_state(1)).name == "Cached"
+    assert called == ["commit"]
+    with pytest.raises(Boom):
+        async with transaction():
+            await hooked(2)
+            assert (await hooked.run_to_state(2)).name == "Cached"
+            raise Boom
+    assert called == ["commit", "rollback"]
 
 
 # --- keyed transactions

@@ -310,7 +310,10 @@ async def test_rollback_of_the_outermost_block(engine: Engine, storage: Storage)
 
 
 async def test_states_end_with_rolled_back(local_engine: Engine) -> None:
-    """X23: the history of a run that is rolled back ends with RolledBack, after Completed or Cached."""
+    """X23: the history of a run that is rolled back ends with RolledBack, after Completed, or Cached inside the block.
+
+    What was committed before the block is not rolled back with it.
+    """
     runs = []
 
     @task(cache_policy=INPUTS)
@@ -322,11 +325,13 @@ async def test_states_end_with_rolled_back(local_engine: Engine) -> None:
     with pytest.raises(Boom):
         async with transaction():
             await noted(1)
-            future = noted.submit(0)
-            await future
+            before, inside = noted.submit(0), noted.submit(1)
+            await before
+            await inside
             raise Boom
     assert [state.name for state in runs[1].states][-2:] == ["Completed", "RolledBack"]
-    assert [state.name for state in future.run.states][-2:] == ["Cached", "RolledBack"]
+    assert [state.name for state in inside.run.states][-2:] == ["Cached", "RolledBack"]
+    assert before.state.name == "Cached"
     assert runs[1].state.result() == 1
 
 
