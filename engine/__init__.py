@@ -6,7 +6,7 @@ from ._context import get_run_context, tags
 from ._engine import Engine
 from ._errors import (
     CacheKeyError, CommitError, ConfigurationError, DeadlockError, EngineClosedError, EngineError,
-    NoActiveRunError, ParameterError, ProcessEndedError, RunCancelledError, RunCrashedError,
+    NoActiveRunError, NoValueError, ParameterError, ProcessEndedError, RunCancelledError, RunCrashedError,
     RunFailedError, RunningLoopError, RunTimeoutError, SettingsError, UncacheableInputError,
     UnfinishedRunError, UpstreamFailedError,
 )  # fmt: skip
@@ -24,7 +24,7 @@ from ._transaction import transaction
 __all__ = [
     "DEFAULT", "FLOW_PARAMETERS", "INPUTS", "NONE", "RUN_ID", "TASK_SOURCE", "CacheKeyError",
     "CachePolicy", "CommitError", "ConfigurationError", "DeadlockError", "Engine", "EngineClosedError",
-    "EngineError", "FlowFuture", "IsolationLevel", "NoActiveRunError", "ParameterError",
+    "EngineError", "FlowFuture", "IsolationLevel", "NoActiveRunError", "NoValueError", "ParameterError",
     "ProcessEndedError", "RunCancelledError", "RunCrashedError", "RunFailedError", "RunTimeoutError",
     "RunningLoopError", "Settings", "SettingsError", "State", "StateType", "TaskFuture",
     "UncacheableInputError", "UnfinishedRunError", "UpstreamFailedError", "allow_failure",

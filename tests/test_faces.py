@@ -84,10 +84,11 @@ def test_a_face_names_the_contract_and_the_errors_and_nothing_else(face: ModuleT
 @each_face
 def test_what_a_face_shows_without_an_underscore_is_public(face: ModuleType) -> None:
     """Nothing lies in a face's namespace that looks public and is not: no leaked import."""
-    own = {name for name in vars(face) if not name.startswith("_") and name != "annotations"}
+    # pytest leaves names with an @ in what it rewrites: here, the package of our own plugin
+    own = {name for name in vars(face) if not name.startswith(("_", "@")) and name != "annotations"}
     modules = {name for name in own if inspect.ismodule(getattr(face, name))}
     assert own - modules == set(face.__all__)
-    assert all(getattr(face, name).__name__.startswith(face.__name__) for name in modules)
+    assert {name for name in modules if not getattr(face, name).__name__.startswith(face.__name__)} == set()
 
 
 @pytest.mark.parametrize(("face", "name"), ALL_PUBLIC, ids=[f"{f.__name__}.{n}" for f, n in ALL_PUBLIC])
@@ -164,6 +165,8 @@ def samples(error: type[Exception]) -> Iterator[Any]:
         kind = str(parameter.annotation)
         if kind.startswith(("Sequence[str]", "tuple[str", "list[str]")):
             yield [f"first {name}", f"second {name}"]
+        elif kind == "bool":
+            yield True  # chooses the message, and is not in it
         elif kind.startswith(("int", "float")):
             yield 4711
         else:
@@ -182,7 +185,7 @@ def test_an_error_says_what_it_was_built_from(error: type[Exception]) -> None:
         return
     for name, value in zip(inspect.signature(error).parameters, given, strict=True):
         assert getattr(made, name) == (tuple(value) if isinstance(value, list) else value)
-        for part in value if isinstance(value, list) else [value]:
+        for part in value if isinstance(value, list) else [value] if value is not True else []:
             assert str(part) in text, f"{error.__name__} does not name {name}"
 
 
@@ -208,5 +211,4 @@ def test_an_error_is_drawn_in_the_tree(error: type[Exception]) -> None:
     own = [
         base for base in error.__bases__ if base.__module__ == "builtins" and base not in (Exception, object)
     ]
-    for base in own:
-        assert f"({base.__name__})" in line
+    assert not own or f"({', '.join(base.__name__ for base in own)})" in line

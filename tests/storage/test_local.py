@@ -58,8 +58,10 @@ def start(work: str, storage: LocalStorage, *arguments: object) -> subprocess.Po
 
 
 def result(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    # Not communicate(): it reads the pipe itself, and misses what came with the line before and is buffered.
+    assert process.stdout is not None
+    out = process.stdout.read()
+    assert process.wait(120) == 0
     return out.strip()
 
 
