@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,7 +164,7 @@ def test_it_is_found_without_being_named(tmp_path: Path) -> None:
 
 
 def test_a_test_costs_little(tmp_path: Path) -> None:
-    """A thousand tests that open an engine, run and hit take less than 5 ms each, pytest's own share included."""
+    """A thousand tests that open an engine, run and hit take less than 5 ms of work each, pytest's share included."""
     many = """
 @pytest.mark.parametrize("number", range(1000))
 def test_many(onceflow_engine, number):
@@ -172,7 +172,9 @@ def test_many(onceflow_engine, number):
     asyncio.run(main())
     onceflow_engine.assert_ran(double, times=1)
 """
+    before = os.times()
     done = run(tmp_path, MODULE + many)
-    match = re.search(r"1000 passed in ([\d.]+)s", done.stdout)
-    assert match is not None, done.stdout
-    assert float(match[1]) < 5
+    after = os.times()
+    assert "1000 passed" in done.stdout
+    # Its own work, as a busy machine would lengthen the time by the clock.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 5
