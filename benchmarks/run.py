@@ -21,10 +21,12 @@ import imports
 import keys
 import large
 import records
+import transactions
+import web
 from harness import Row, measure, show
 
 LAST = Path(__file__).with_name("last.json")
-GROUPS = (calls, records, large, imports, keys)
+GROUPS = (calls, records, large, imports, keys, transactions, web)
 
 
 def main(wanted: list[str]) -> None:
