@@ -44,7 +44,7 @@ async def _compare(folder: Path) -> dict[str, list[float]]:
     """The times of all requests in µs, sorted: of the bare handler and of the cached one."""
     server = uvicorn.Server(uvicorn.Config(_app(folder), port=0, log_level="critical"))
     serving = asyncio.ensure_future(server.serve())
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110 - it has no event
         await asyncio.sleep(0.01)
     address = server.servers[0].sockets[0].getsockname()
     reader, writer = await asyncio.open_connection(*address)
@@ -81,7 +81,8 @@ def _side_by_side(quantile: float) -> dict[str, Measure | None]:
 
 
 def workloads() -> Iterator[Workload]:
-    for name, quantile, extra in (("median", 0.5, 150), ("99 %", 0.99, 1000)):
+    # The 99th percentile is the machine's as much as ours, so that it has no budget.
+    for name, quantile, extra in (("median", 0.5, 150), ("99 %", 0.99, None)):
         yield Workload(
             "W13",
             f"a request that is a hit, uvicorn and FastAPI over HTTP: {name}",
