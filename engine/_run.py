@@ -325,7 +325,11 @@ async def _end_shielded(run: TaskRun | FlowRun, definition: Definition[..., Any]
         await uncancelled(asyncio.wait_for(end(run, definition), HOOK_SECONDS))
     except TimeoutError:
         logger.warning(
-            "%s %r - its %s hooks were broken off after %.3g s", definition.kind, run.name, event, HOOK_SECONDS
+            "%s %r - its %s hooks were broken off after %.3g s",
+            definition.kind,
+            run.name,
+            event,
+            HOOK_SECONDS,
         )
 
 
@@ -343,7 +347,10 @@ async def call_hooks(run: TaskRun | FlowRun, definition: Definition[..., Any], e
     """Call the hooks of a state, in order; one that raises is logged, and changes nothing."""
     for hook in definition.hooks[event]:
         name = getattr(hook, "__name__", repr(hook))
-        logger.info("%s %r - Running hook %r in response to entering state %r", definition.kind, run.name, name, run.state.name)  # fmt: skip
+        state = run.state.name
+        logger.info(
+            "%s %r - Running hook %r in response to entering state %r", definition.kind, run.name, name, state
+        )
         try:
             outcome = hook(definition, run, run.state)
             if inspect.isawaitable(outcome):
