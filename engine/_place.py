@@ -77,6 +77,8 @@ class Prepared(NamedTuple):
 
     def snapshot(self) -> Prepared:
         """The same with buffers of its own: those of the encoding may be views of what the caller goes on to change."""
+        if all(type(buffer) is bytes for buffer in (*self.record, *(self.value or ()), *self.segments)):
+            return self
         head = bytes(self.record[0])
         payload = memoryview(b"".join(self.record[1:] if self.value is None else self.value))
         segments = [payload[start:end] for start, end in self.header.ranges()]

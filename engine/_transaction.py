@@ -86,7 +86,7 @@ class transaction:
         storage: Storage | str | os.PathLike[str] | None = None,
         lock_timeout: float | None = None,
     ) -> None:
-        self.id = new_id()
+        self._id: str | None = None
         self.key = key
         self.isolation_level = None if isolation_level is None else IsolationLevel.parse(isolation_level)
         self.lock_manager = lock_manager
@@ -119,6 +119,13 @@ class transaction:
         """As of a run; a transaction has no state to show it by."""
 
     # --- for users
+
+    @property
+    def id(self) -> str:
+        """A UUIDv7, made when it is first asked for."""
+        if self._id is None:
+            self._id = new_id()
+        return self._id
 
     @property
     def name(self) -> str:

@@ -381,6 +381,24 @@ async def test_submitted_by_a_task_that_ends_first(local_engine: Engine) -> None
     await main()
 
 
+async def test_inside_of_worker_threads(local_engine: Engine) -> None:
+    """What a synchronous task runs from its thread belongs to the block, and is dropped with the task's failure."""
+
+    @task
+    def in_thread(x: int, fail: bool) -> None:
+        assert transaction.current() is not None
+        load.run(x)
+        if fail:
+            raise Boom
+
+    async with transaction():
+        await in_thread(1, fail=False)
+        assert (await load.run_to_state(1)).name == "Cached"
+        assert (await in_thread.run_to_state(2, fail=True)).name == "Failed"
+    assert (await load.run_to_state(1)).name == "Cached"
+    assert (await load.run_to_state(2)).name == "Completed"
+
+
 async def test_a_task_that_outlives_its_block(local_engine: Engine) -> None:
     """What the user's own background task runs after the block's end commits for itself."""
     ended = asyncio.Event()
