@@ -254,8 +254,8 @@ class LeasingLockManager(LockManager):
             self._closed = True
             places = list(self._room.places.values())
             for place in places:
-                for ticket in (*place.line.drain(), *place.watchers.drain()):
-                    ticket.wake()
+                for ticket in (*place.line, *place.watchers):
+                    ticket.wake()  # who waits by another manager, which shares the room, only looks again
         for lease in [place.lease for place in places if place.lease is not None]:
             if lease._manager is not self:
                 continue  # of another manager that shares the room

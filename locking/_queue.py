@@ -9,7 +9,7 @@ next one the first. The caller only nudges those whom these methods return.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -56,9 +56,13 @@ class Line(Generic[T]):
 
     def drain(self) -> list[T]:
         """Take everybody out of the line, in order."""
-        tickets = [ticket for party in self._parties.values() for ticket in party]
+        tickets = list(self)
         self._parties.clear()
         return tickets
+
+    def __iter__(self) -> Iterator[T]:
+        """Everybody, in order."""
+        return iter([ticket for party in self._parties.values() for ticket in party])
 
     def leads(self, ticket: T) -> bool:
         """Whether it is this ticket's turn."""

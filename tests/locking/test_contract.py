@@ -392,3 +392,22 @@ async def test_mutual_exclusion(make: Make, place: Place) -> None:
     await asyncio.gather(visits(number), asyncio.to_thread(asyncio.run, visits(number)))
     assert entered == 4 * number
     await until(lambda: all(not m._room.places for m in managers))  # type: ignore[attr-defined]
+
+
+async def test_closing_leaves_others_in_line(make: Make) -> None:
+    """A manager that is closed ends its own waits, not those of another one in the same process."""
+    holder, other, closed = make(), make(), make()
+    lease = await holder.acquire("key", "me")
+    assert lease is not None
+    theirs = asyncio.create_task(closed.acquire("key", "closed"))
+    waiting = asyncio.create_task(other.acquire("key", "you"))
+    watching = asyncio.create_task(other.wait_until_free("key"))
+    await asyncio.sleep(0.02)
+    await closed.aclose()
+    with pytest.raises(LockClosedError):
+        await theirs
+    await lease.release()
+    async with asyncio.timeout(10):
+        assert await waiting is not None
+    watching.cancel()
+    await asyncio.wait([watching])
