@@ -53,6 +53,7 @@ class QueuedLockManager(LeasingLockManager):
                     return None
                 await ticket.wait(min(look_at, deadline))
         except LockUnavailableError as error:
+            self._check_open()  # closing cuts requests off, which says nothing about the server
             if ticket.error is None:
                 self._fail_all(place, error)
             raise
@@ -183,6 +184,7 @@ class QueuedLockManager(LeasingLockManager):
                     return ticket.served
                 await ticket.wait(min(look_at, deadline))
         except LockUnavailableError as error:
+            self._check_open()  # closing cuts requests off, which says nothing about the server
             if ticket.error is None:
                 self._fail_all(place, error)
             raise

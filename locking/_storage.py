@@ -223,7 +223,7 @@ class StorageLockManager(QueuedLockManager):
         except StorageUnavailableError as error:
             raise LockUnavailableError(operation, key, self.url, error.reason, error.remedy) from error
         except StorageError as error:
-            raise LockUnavailableError(operation, key, self.url, str(error), "") from error
+            raise LockUnavailableError(operation, key, self.url, str(error).rstrip("."), "") from error
 
 
 class _Lock(NamedTuple):
