@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"(<!-- settings: .*? -->\n)(.*?)(<!-- end of settings -->)", re.DOTALL)
 
 # What each Python block prints when it is run, in the order of the README.
-OUTPUTS = ["22\n", "42 42\n", "[2, 4, 6, 8]\n"]
+OUTPUTS = ["22\n", "42 42\n", "6\n", "[2, 4, 6, 8]\n"]
 
 
 def blocks(language: str) -> list[str]:
