@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from onceflow.engine import State, StateType
+from onceflow.engine import _kernel as kernel
 from onceflow.engine._kernel import TABLE, Do, IllegalTransitionError, Life, Retry, retry_rule
 
 PATHS: dict[str, list[str]] = {
@@ -68,6 +69,25 @@ def names(life: Life) -> list[str]:
 def test_every_state_of_the_table_can_be_reached() -> None:
     """The paths of this test know every state that the table knows, and no other."""
     assert {name for _, name, _ in TABLE.values()} == set(PATHS)
+
+
+def test_the_table_of_the_docstring_is_the_table() -> None:
+    """What the kernel's docstring tells people, row by row, is what it does."""
+    assert kernel.__doc__ is not None
+    rows = [line.split("  ") for line in kernel.__doc__.splitlines() if line.startswith("    ")]
+    told = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert told[0] == ["event", "from", "to", "type"]
+    sources = {("",): "(new)", kernel._OPEN: "any that is not final"}
+    ends = [state for state in PATHS if state in FINAL]
+    assert told[1:] == [
+        [
+            event,
+            sources.get(given, ", ".join(given)),
+            name,
+            f"{type_.value}, final" if name in ends else type_.value,
+        ]
+        for event, (given, name, type_) in TABLE.items()
+    ]
 
 
 @pytest.mark.parametrize(("source", "event"), LEGAL)
