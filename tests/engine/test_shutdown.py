@@ -133,7 +133,7 @@ async def test_a_root_run_that_somebody_awaits_is_waited_for() -> None:
     """Leaving waits for flows and root tasks that other tasks await: what they use is not closed under them."""
     for which in ("locked", "holds"):
         stage = Stage(grace=30)
-        async with stage.engine:
+        async with asyncio.timeout(15), stage.engine:
             work = asyncio.ensure_future(getattr(stage, which)(1))
             await stage.begun.wait()
             asyncio.get_running_loop().call_later(0.005, stage.gate.set)
@@ -163,7 +163,7 @@ async def test_a_task_that_goes_on_after_its_run_is_left_alone() -> None:
         await forever.wait()
         return "went on"
 
-    async with stage.engine:
+    async with asyncio.timeout(15), stage.engine:
         work = asyncio.ensure_future(handler())
         await until(lambda: bool(stage.ended))
     assert not work.done()
@@ -263,7 +263,9 @@ async def nap(seconds):
         await asyncio.sleep(seconds)
     except asyncio.CancelledError:
         print("cancelled", flush=True)
-        if "stubborn" in sys.argv: await asyncio.sleep(60)
+        while "stubborn" in sys.argv:
+            try: await asyncio.sleep(60)
+            except asyncio.CancelledError: pass
         raise
     print("ended", flush=True)
 
