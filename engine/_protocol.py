@@ -326,17 +326,20 @@ def _finish(
     values_at: str,
     keys: Keys,
 ) -> Steps:
-    """Settle one intent; another writer having done it, or having replaced it since, is as good."""
+    """Settle one intent; another writer having done it, or having replaced it since, is as good.
+
+    The value that only the replaced record names goes first: nobody knows of it any more afterwards.
+    """
+    replaced = value_of(old, values_at, keys) if old else None
+    if replaced is not None:
+        yield Remove(replaced, ANY)
     if moves_to is not None:
         record, value = halves(record)
         yield Put(moves_to, value, ANY)
     try:
         yield Put(where, record, version)
     except Conflict:
-        return
-    replaced = value_of(old, values_at, keys) if old else None
-    if replaced is not None:
-        yield Remove(replaced, ANY)
+        pass
 
 
 # --- reading and recovering

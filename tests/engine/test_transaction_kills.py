@@ -40,8 +40,15 @@ async def storage(url: str) -> AsyncIterator[Storage]:
 
 
 async def headers_in(storage: Storage, name: str) -> dict[str, Header]:
-    keys = [stat.key async for stat in storage.list() if stat.key.startswith(name)]
-    return {key: unpack_header(await storage.read(key))[0] for key in keys}
+    """What lies there when nobody ends a transaction any more; the watching process may still be at it."""
+    while True:
+        keys = [stat.key async for stat in storage.list() if stat.key.startswith(name)]
+        try:
+            headers = {key: unpack_header(await storage.read(key))[0] for key in keys}
+        except FileNotFoundError:
+            continue
+        if all(header.kind == "record" for header in headers.values()):
+            return headers
 
 
 async def all_keys(storage: Storage) -> set[str]:
@@ -93,8 +100,8 @@ async def test_killed_at_every_write(url: str, storage: Storage, tmp_path: Path)
                     decided = at > (1 if tasks == 1 else tasks + 1)
                     assert values == {number if decided else before}, (tasks, at)
                     committed = number if decided else committed
-                    headers = await headers_in(storage, f"{fresh}-{tasks}-")
-                    assert {header.kind for header in headers.values()} <= {"record"}, (tasks, at)
+                    async with asyncio.timeout(5):
+                        headers = await headers_in(storage, f"{fresh}-{tasks}-")
                     assert len(headers) == (tasks if values != {0} else 0)
                     assert ended == ("killed" if at <= (1 if tasks == 1 else 2 * tasks + 1) else "exit0")
                 if name == "watched":
@@ -123,21 +130,15 @@ async def test_killed_with_large_values(url: str, storage: Storage, weight: int)
             decided = at > 5  # two intents, two values, the decision
             assert values == {at + 1 if decided else committed}, at
             committed = at + 1 if decided else committed
-            headers = await headers_in(storage, "large-")
-            assert [header.kind for header in headers.values()] == ["record"] * 2
+            async with asyncio.timeout(5):
+                headers = await headers_in(storage, "large-")
+            assert len(headers) == 2
             values_there = await all_keys(storage) - set(keys)
             named = {header.location for header in headers.values()}
-            assert named <= values_there
-            # Killed between the replaced record and its value, a process leaves the value.
-            assert len(values_there - named) <= (2 if at in range(6, 10) else 0) + _left(at)
+            assert named == values_there
             if ended == "exit0":
                 break
         assert ended == "exit0"
-
-
-def _left(at: int) -> int:
-    """Values that kills before this one have left, at the most."""
-    return 2 * max(0, min(at, 10) - 6)
 
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.chaos)])
@@ -179,5 +180,5 @@ async def test_a_storm(url: str, storage: Storage, tmp_path: Path, seconds: int)
             reader = Reader(engine)
             values = {await reader.read(key) for key in keys_of(tasks, name)}
             assert len(values) == 1
-        headers = await headers_in(storage, name)
-        assert {header.kind for header in headers.values()} <= {"record"}
+        async with asyncio.timeout(5):
+            assert len(await headers_in(storage, name)) in (0, tasks)
