@@ -192,14 +192,25 @@ class Run(Life):
         return timedelta(microseconds=total)
 
 
-class TaskRun(Run):
-    """One run of a task."""
+_NOTHING: dict[str, Any] = {}
+_NO_TAGS: frozenset[str] = frozenset()
 
-    flow_run: FlowRun | None = None
+
+class TaskRun(Run):
+    """One run of a task.
+
+    What every run sets lies in slots, so that most of them never have a dictionary: 10 000 may be in flight.
+    """
+
+    __slots__ = (
+        "_id", "_name", "_parameters", "args", "attempt", "engine", "flow_run", "is_submitted", "kwargs",
+        "parent", "reason", "states", "tags", "task",
+    )  # fmt: skip
+    flow_run: FlowRun | None
     wait_for: Iterable[Any] = ()
     channel: Channel | None = None
     """Where the values of a generator task go."""
-    _parameters: dict[str, Any] | None = None
+    _parameters: dict[str, Any] | None
 
     def __init__(
         self,
@@ -210,12 +221,19 @@ class TaskRun(Run):
     ) -> None:
         self.task = task
         self.args = args
-        self.kwargs = kwargs
+        self.kwargs = kwargs or _NOTHING
         self.states = [quick(PENDING, "Pending")]
+        self.attempt = 0
+        self.tags = _NO_TAGS
+        self.reason = ""
+        self.is_submitted = False
+        self._id = self._name = self._parameters = None
+        self.parent = parent
         if parent is not None:
-            self.parent = parent
             self.flow_run = parent.flow_run  # pyright: ignore[reportIncompatibleMethodOverride]  # read-only there
             self.engine = parent.engine
+        else:
+            self.flow_run = None
 
     def _definition(self) -> Task[..., Any]:
         return self.task

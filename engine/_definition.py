@@ -56,6 +56,8 @@ class Definition(Generic[P, R]):
         self.timeout_seconds = seconds_of(said("timeout_seconds"))
         self.log_prints: bool | None = said("log_prints")
         self.hooks: dict[str, list[Hook]] = hooks_of(self._stated)
+        self.is_bare = self.timeout_seconds is None and self.log_prints is None
+        """Whether no option stands between a run and its body."""
         self._settle_caching()
         self._rule: Retry | None = None
         if self.retries is not None and (self.retries == 0 or self.retry_delay_seconds is not None):

@@ -324,8 +324,9 @@ async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> 
     finally:
         if waiting is not None:
             waiting.end()
-        for work in pending:
-            work.remove_done_callback(ended)
+        if left:
+            for work in pending:
+                work.remove_done_callback(ended)
 
 
 def _has_failed(future: RunFuture[Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._futures import (
@@ -96,20 +97,20 @@ def _spread(
             f"{task.name}.map() was given iterables of different lengths ({named}). "
             "Make them equal, or wrap what every run shall get in unmapped(…)."
         )
-    positions = range(len(args))
+    count = lengths.pop()
+    every = [columns[place] if place in columns else repeat(constants[place], count) for place, _ in given]
+    rows = zip(*every, strict=True)
+    owner, parent = task.owner_for("map")
+    begin, positions = task.begin, len(args)
+    if not kwargs and not wait_for:
+        return FutureList([begin(row, {}, parent, owner) for row in rows])
     extra = {"wait_for": wait_for} if wait_for else {}
-    futures: FutureList[R] = FutureList()
-    for index in range(lengths.pop()):
-        row = {place: column[index] for place, column in columns.items()}
-        at = {**constants, **row}
-        futures.append(
-            task._submit(
-                tuple(at[place] for place in positions),
-                {**{name: at[name] for name in kwargs}, **extra},
-                "map",
-            )
-        )
-    return futures
+    return FutureList(
+        [
+            begin(row[:positions], {**dict(zip(kwargs, row[positions:], strict=True)), **extra}, parent, owner)
+            for row in rows
+        ]
+    )
 
 
 def _column(value: Any) -> list[Any] | None:

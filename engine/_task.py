@@ -71,6 +71,7 @@ class Task(Definition[P, R]):
         self.rate: str | None = self._stated.get("rate")
         self._interval = parse_rate(self.name, self.rate)
         self.is_limited = self.concurrency is not None or self._interval is not None
+        self.is_bare = self.is_bare and not self.is_limited
         self.runner: str | None = self._stated.get("runner")
         self.is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
             getattr(_unwrapped(fn), "__call__", None)  # noqa: B004 - an object with an async __call__
@@ -341,7 +342,7 @@ class GeneratorTask(Task[P, T]):
         """The stream. Nothing runs before its first value is asked for."""
         return RunStream(self, args, kwargs)
 
-    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], verb: str) -> TaskFuture[T]:
+    def owner_for(self, verb: str) -> tuple[Owner, TaskRun | FlowRun | None]:
         raise ConfigurationError(
             f"{self.name}.{verb}(): a generator task streams its values to whoever iterates over it.",
             f"Write `async for value in {self.name}(…)`, or `await {self.name}(…)` for all of them.",
@@ -350,8 +351,8 @@ class GeneratorTask(Task[P, T]):
     def stream(
         self, items: Iterable[Any] | AsyncIterable[Any], limit: int = 100, ordered: bool = True
     ) -> AsyncGenerator[T, None]:
-        self._submit((), {}, "stream")
-        raise AssertionError("unreachable: streams cannot be submitted")
+        self.owner_for("stream")
+        raise AssertionError("unreachable: streams have no owner")
 
     async def run_to_state(self, *args: Any, **kwargs: Any) -> State[Any]:
         """Read the stream to its end; the final state, whose result is the list of values."""
