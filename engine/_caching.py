@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 from . import _policies
@@ -12,6 +13,7 @@ from ._engine import storage_key
 from ._errors import CacheKeyError, EngineError, UncacheableInputError
 from ._exclusive import exclusively
 from ._explain import Explanation, explanation, reason_for
+from ._known import Known
 from ._locks import isolation_of
 from ._logging import logger
 from ._place import Hit, Miss, ago
@@ -57,9 +59,24 @@ def policy_of(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> Cache
     return definition.cache_policy
 
 
-async def perform(run: TaskRun | FlowRun, definition: Definition[..., Any], attempts: Attempts) -> None:
-    """Serve the run from its record, or run it and commit."""
-    call = await call_for(run, definition, attempts)
+def perform(run: TaskRun | FlowRun, definition: Definition[..., Any], attempts: Attempts) -> Awaitable[None]:
+    """Serve the run from its record, or run it and commit.
+
+    Not a coroutine itself: while a run waits for a key, every coroutine that it is inside of stays in memory.
+    """
+    call = _known_call(run, definition, attempts)
+    if call is not None and run.transaction is None:
+        exclusive, manager = isolation_of(run, call.policy, None)
+        if manager is not None and exclusive:
+            return exclusively(call, manager)
+    return _perform(run, definition, attempts, call)
+
+
+async def _perform(
+    run: TaskRun | FlowRun, definition: Definition[..., Any], attempts: Attempts, call: Call | None
+) -> None:
+    if call is None:
+        call = await call_for(run, definition, attempts)
     if call is None:
         await attempts(run, definition)
         return
@@ -81,6 +98,18 @@ async def perform(run: TaskRun | FlowRun, definition: Definition[..., Any], atte
     await commit(call, found)
 
 
+def _known_call(run: TaskRun | FlowRun, definition: Definition[..., Any], attempts: Attempts) -> Call | None:
+    """The call, where the key of an equal one has been computed already."""
+    mark = definition.known.mark(run)
+    known = definition.known.get(mark, run.engine.configuration) if mark is not None else None
+    policy = definition.cache_policy
+    if known is None or policy_of(run, definition) is not policy:
+        return None
+    run.key = known.where[1]
+    refresh = _must_refresh(run, definition)
+    return Call(run, definition, attempts, policy, known.place, known.key, known.where, refresh)
+
+
 async def call_for(
     run: TaskRun | FlowRun, definition: Definition[..., Any], attempts: Attempts
 ) -> Call | None:
@@ -99,6 +128,8 @@ async def call_for(
         run.reason = "ran: there is no usable storage key"
         return None
     where = (place.records.url, key.text)
+    if policy is definition.cache_policy and (mark := definition.known.mark(run)) is not None:
+        definition.known.put(mark, engine.configuration, Known(key, place, where))
     return Call(run, definition, attempts, policy, place, key, where, _must_refresh(run, definition))
 
 

@@ -14,6 +14,7 @@ from . import _policies
 from ._context import FlowRun, TaskRun
 from ._errors import ConfigurationError
 from ._kernel import Retry, retry_rule
+from ._known import KnownKeys
 from ._limits import Gate
 from ._options import Hook, check_delays, check_known, check_retries, hooks_of, seconds_of
 from ._policies import CacheKeyFnPolicy, CachePolicy, NonePolicy
@@ -55,10 +56,11 @@ class Definition(Generic[P, R]):
         self._check_callable("retry_condition_fn", self.retry_condition_fn)
         self.timeout_seconds = seconds_of(said("timeout_seconds"))
         self.log_prints: bool | None = said("log_prints")
-        self.hooks: dict[str, list[Hook]] = hooks_of(self._stated)
         self.is_bare = self.timeout_seconds is None and self.log_prints is None
         """Whether no option stands between a run and its body."""
+        self.hooks: dict[str, list[Hook]] = hooks_of(self._stated)
         self._settle_caching()
+        self.known = KnownKeys(self)
         self._rule: Retry | None = None
         if self.retries is not None and (self.retries == 0 or self.retry_delay_seconds is not None):
             self._rule = self._rule_from(self.retries, self.retry_delay_seconds)
@@ -103,7 +105,8 @@ class Definition(Generic[P, R]):
             if policy is not None:
                 _warn(f"{self.name!r} has both a cache_key_fn and a cache_policy; the function wins.")
             by_function = CacheKeyFnPolicy(self.cache_key_fn)
-            by_function.key_storage = policy.key_storage if policy is not None else None
+            for option in ("key_storage", "isolation_level", "lock_manager", "lock_timeout"):
+                setattr(by_function, option, getattr(policy, option, None))
             policy = by_function
         stated = policy is not None
         implied = (stated and not isinstance(policy, NonePolicy)) or any(

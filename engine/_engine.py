@@ -98,6 +98,8 @@ class Engine(Embedding):
         self.flights = Room()
         self.limits = Limits(None)
         self.explainer = Explainer()
+        self.configuration: object = None
+        """Another object with each configuration: what was concluded from an earlier one does not hold."""
         self._own_locks: LockManager | None = None
         self._watchdog: Watchdog | None = None
 
@@ -167,6 +169,7 @@ class Engine(Embedding):
         """Take over what may change while the engine is open."""
         storage, key_storage, *_ = self._given
         self.settings = settings
+        self.configuration = object()
         self.storage = self.storage_for(
             storage or settings.storage or os.path.expanduser("~/.onceflow/storage")
         )

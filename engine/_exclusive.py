@@ -10,7 +10,7 @@ from ._claims import Claim
 from ._commit import uncancelled
 from ._committing import Call, commit, look_up, serve, serve_value
 from ._context import Run
-from ._flights import Flight, Inside, Lead, Patience, Served
+from ._flights import ENDLESS, Flight, Inside, Lead, Patience, Served
 from ._locks import Held, hold
 from ._logging import logger
 from ._lookup import LEAVES_LOOP
@@ -22,7 +22,9 @@ async def exclusively(call: Call, manager: LockManager) -> None:
     """Lead and run, or wait for the leader's record."""
     run = call.run
     timeout = call.policy.lock_timeout if call.policy is not None else None
-    patience = Patience(run.engine.settings.lock_timeout if timeout is None else timeout)
+    if timeout is None:
+        timeout = run.engine.settings.lock_timeout
+    patience = ENDLESS if timeout is None else Patience(timeout)
     while True:
         entered = await run.engine.flights.enter(call.where, run, patience)
         if isinstance(entered, Lead):

@@ -4,16 +4,16 @@ The room of SERIALIZABLE calls. Only the leader looks the record up and talks to
 hold one future each, no thread, no slot, no connection. When the leader commits, all are served by its record;
 when it fails or is cancelled, the next one in line leads. Nothing here awaits anything but a waiter's own future.
 
-Who waits for whom is known at any moment: each wait is noted with the waiting run, its callers and their
-transactions (`blocked_on`). A wait that would close a cycle is refused when it begins, or, where a key passes to
-a transaction that itself waits, when that happens.
+Who waits for whom is known at any moment: each wait is noted with the callers of the waiting run and with the
+transactions around it (`blocked_on`), for only those may hold keys of their own. A wait that would close a cycle
+is refused when it begins, or, where a key passes to a transaction that itself waits, when that happens.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..locking import LockTimeoutError
@@ -74,12 +74,12 @@ class Flight:
         """
         self.leader = txn
         for waiter, node in list(self.waiters.items()):
-            line = list(lineage(node))
-            if any(each is txn for each in line):
+            above = tuple(lineage(node))[1:]
+            if txn in above:
                 self._settle(waiter, served or Inside(self))
             elif txn.blocked_on:
                 try:
-                    refuse_cycle(self, line)
+                    refuse_cycle(self, node, above)
                 except DeadlockError as error:
                     self._settle(waiter, error)
 
@@ -96,17 +96,19 @@ class Flight:
 class Patience:
     """How long a run waits for a key in all, in the room and at the lock manager; for ever without `seconds`."""
 
-    __slots__ = ("_ends", "_loop", "seconds")
+    __slots__ = ("_ends", "seconds")
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        self._loop = asyncio.get_running_loop()
-        self._ends = None if seconds is None else self._loop.time() + seconds
+        self._ends = None if seconds is None else asyncio.get_running_loop().time() + seconds
 
     @property
     def left(self) -> float | None:
         """Seconds, 0 at the least."""
-        return None if self._ends is None else max(0.0, self._ends - self._loop.time())
+        return None if self._ends is None else max(0.0, self._ends - asyncio.get_running_loop().time())
+
+
+ENDLESS = Patience(None)
 
 
 class Room:
@@ -135,12 +137,41 @@ class Room:
         if flight is None:
             flight = self._flights[where] = Flight(where, run)
             return Lead(flight)
-        line = list(lineage(run))
-        if any(each is flight.leader for each in line):
+        above = tuple(lineage(run))[1:]
+        if flight.leader in above:
             return Inside(flight)
         if flight.leader.blocked_on:
-            refuse_cycle(flight, line)
-        return await self._wait(flight, run, line, patience)
+            refuse_cycle(flight, run, above)
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Lead | Served | Inside | None] = loop.create_future()
+        left = patience.left
+        timer = None if left is None else loop.call_later(left, _expire, waiter)
+        flight.waiters[waiter] = run
+        run.begin_waiting()
+        for each in above:
+            each.blocked_on[flight] = each.blocked_on.get(flight, 0) + 1
+        try:
+            outcome = await waiter
+        except BaseException:
+            self._pass_on(waiter)
+            raise
+        finally:
+            flight.waiters.pop(waiter, None)
+            for each in above:
+                _unblock(each.blocked_on, flight)
+            if timer is not None:
+                timer.cancel()
+        if outcome is None:
+            assert patience.seconds is not None
+            raise LockTimeoutError(where[1], run.name, where[0], patience.seconds, flight.leader.name)
+        return outcome
+
+    def _pass_on(self, waiter: asyncio.Future[Any]) -> None:
+        """Chosen and cancelled in one step: it is the next one's turn."""
+        if waiter.done() and not waiter.cancelled() and not waiter.exception():
+            outcome = waiter.result()
+            if isinstance(outcome, Lead):
+                self.finish(outcome.flight, None)
 
     def _check_loop(self) -> None:
         """Futures of one loop must not be settled on another, where a copied context or a fork has led a run."""
@@ -153,37 +184,6 @@ class Room:
                 )
             self._flights.clear()  # of a loop that ended without its runs
             self._loop = loop
-
-    async def _wait(
-        self, flight: Flight, run: Run | transaction, line: list[Any], patience: Patience
-    ) -> Lead | Served | Inside:
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Lead | Served | Inside | None] = loop.create_future()
-        flight.waiters[waiter] = run
-        run.begin_waiting()
-        for each in line:
-            each.blocked_on[flight] = each.blocked_on.get(flight, 0) + 1
-        left = patience.left
-        timer = None if left is None else loop.call_later(left, _expire, waiter)
-        try:
-            outcome = await waiter
-        except BaseException:
-            if waiter.done() and not waiter.cancelled() and not waiter.exception():
-                outcome = waiter.result()
-                if isinstance(outcome, Lead):  # chosen and cancelled in one step: the next one's turn
-                    self.finish(outcome.flight, None)
-            raise
-        finally:
-            flight.waiters.pop(waiter, None)
-            for each in line:
-                _unblock(each.blocked_on, flight)
-            if timer is not None:
-                timer.cancel()
-        if outcome is None:
-            assert patience.seconds is not None
-            where, key = flight.where
-            raise LockTimeoutError(key, run.name, where, patience.seconds, flight.leader.name)
-        return outcome
 
     def finish(self, flight: Flight, served: Served | None) -> None:
         """The leader is done: serve everybody, or let the next one in line lead."""
@@ -225,7 +225,7 @@ def _unblock(blocked_on: dict[Flight, int], flight: Flight) -> None:
 
 
 def lineage(node: Run | transaction | None) -> Iterator[Any]:
-    """The run, its transaction and that one's parents, the run that called it, and so on up to the root."""
+    """Itself, its transaction and that one's parents, the run that called it, and so on up to the root."""
     while node is not None:
         if isinstance(node, Run):
             yield node
@@ -242,8 +242,8 @@ def _blocks(txn: transaction | None) -> Iterator[transaction]:
         txn = txn.parent
 
 
-def refuse_cycle(flight: Flight, line: list[Any]) -> None:
-    """Refuse to wait for a leader that waits, directly or through others, for somebody in `line`.
+def refuse_cycle(flight: Flight, node: Run | transaction, above: Sequence[Any]) -> None:
+    """Refuse `node` to wait for a leader that waits, directly or through others, for one of those above it.
 
     Raises:
         DeadlockError: Names who waits for whom.
@@ -256,8 +256,8 @@ def refuse_cycle(flight: Flight, line: list[Any]) -> None:
         seen.add(id(at))
         for after in at.leader.blocked_on:
             link = [*chain, f"{at.leader.name} waits for {after.where[1]!r}"]
-            if any(each is after.leader for each in line):
+            if after.leader in above:
                 raise DeadlockError([*link, f"held by {after.leader.name}"])
             search(after, link)
 
-    search(flight, [f"{line[0].name} waits for {flight.where[1]!r}"])
+    search(flight, [f"{node.name} waits for {flight.where[1]!r}"])

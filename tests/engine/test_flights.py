@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from onceflow.engine import ConfigurationError, DeadlockError, EngineClosedError, transaction
 from onceflow.engine._context import Run
 from onceflow.engine._flights import Flight, Inside, Lead, Patience, Room, Served
-from onceflow.engine._states import PENDING, quick
 from onceflow.locking import LockTimeoutError
 
 KEY, OTHER, THIRD = ("memory://x", "key"), ("memory://x", "other"), ("memory://x", "third")
@@ -27,7 +26,7 @@ class Caller(Run):
         self._name = name
         self.parent = parent  # type: ignore[assignment]
         self.transaction = txn
-        self.states = [quick(PENDING, "Pending")]
+        self.pend()
 
 
 async def enter(room: Room, caller: Any, where: tuple[str, str] = KEY, timeout: float | None = None) -> Any:
@@ -287,11 +286,14 @@ async def test_a_ring_of_three() -> None:
     a, b, c = Caller("a"), Caller("b"), Caller("c")
     for run, where in ((a, KEY), (b, OTHER), (c, THIRD)):
         await lead(room, run, where)
-    tasks = [await waiting(enter(room, a, OTHER)), await waiting(enter(room, b, THIRD))]
+    tasks = [
+        await waiting(enter(room, Caller("a's", a), OTHER)),
+        await waiting(enter(room, Caller("b's", b), THIRD)),
+    ]
     with pytest.raises(
-        DeadlockError, match="c waits for 'key' → a waits for 'other' → b waits for 'third' → held by c"
+        DeadlockError, match="c's waits for 'key' → a waits for 'other' → b waits for 'third' → held by c"
     ):
-        await enter(room, c, KEY)
+        await enter(room, Caller("c's", c), KEY)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
