@@ -86,7 +86,7 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
     What goes wrong is a warning: the task's value is never lost by it. In a transaction it breaks the block.
     """
     run, definition, place, key = call.run, call.definition, call.place, call.key
-    state = run.states[-1]
+    state = run.state
     if state.type is FAILED:
         await _keep_failure(run, definition, place, key)
         return None
@@ -143,14 +143,14 @@ async def _yield_to_winner(call: Call, error: Refused) -> None:
         "The other holder's result is returned." if isinstance(found, Hit) else "It is returned all the same.",
     )  # fmt: skip
     if isinstance(found, Hit):
-        run.states[-1].data = found.value
+        run.state.data = found.value
 
 
 async def _keep_failure(
     run: TaskRun | FlowRun, definition: Definition[..., Any], place: Place, key: Key
 ) -> None:
     """Keep the exception of a failed run under a random key, never under its cache key."""
-    state = run.states[-1]
+    state = run.state
     facts = Facts(run.id, definition.name, key.components)
     try:
         state.location = await run.engine.records.keep_failure(place.storage, state.error(), facts)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ._errors import ConfigurationError, NoActiveRunError
 from ._kernel import Life
-from ._states import PENDING, quick
 
 if TYPE_CHECKING:
     import asyncio
@@ -85,7 +84,7 @@ class Run(Life):
 
     def begin_waiting(self) -> None:
         """The run waits for another holder of its key."""
-        if self.states[-1].name != "Waiting":
+        if self.state.name != "Waiting":
             self.enter("wait")
 
     @property
@@ -185,7 +184,8 @@ class Run(Life):
     def total_run_time(self) -> timedelta:
         """How long the run was in a running state, all attempts together, up to now."""
         total = 0
-        for state, after in zip(self.states, [*self.states[1:], None], strict=True):
+        states = self.states
+        for state, after in zip(states, [*states[1:], None], strict=True):
             if state.name in ("Running", "Retrying"):
                 end = after._moment if after else int(datetime.now(UTC).timestamp() * 1e6)
                 total += end - state._moment
@@ -203,8 +203,8 @@ class TaskRun(Run):
     """
 
     __slots__ = (
-        "_id", "_name", "_parameters", "args", "attempt", "engine", "flow_run", "is_submitted", "kwargs",
-        "parent", "reason", "states", "tags", "task",
+        "_id", "_name", "_parameters", "_pended", "_state", "args", "attempt", "engine", "flow_run",
+        "is_submitted", "kwargs", "parent", "reason", "tags", "task",
     )  # fmt: skip
     flow_run: FlowRun | None
     wait_for: Iterable[Any] = ()
@@ -222,7 +222,7 @@ class TaskRun(Run):
         self.task = task
         self.args = args
         self.kwargs = kwargs or _NOTHING
-        self.states = [quick(PENDING, "Pending")]
+        self.pend()
         self.attempt = 0
         self.tags = _NO_TAGS
         self.reason = ""
@@ -271,7 +271,7 @@ class FlowRun(Run):
     ) -> None:
         self.flow = flow
         self.parameters = dict(parameters)
-        self.states = [quick(PENDING, "Pending")]
+        self.pend()
         self.parent = parent
         self.running: set[RunFuture[Any]] = set()
         self.failed: list[RunFuture[Any]] = []

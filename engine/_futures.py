@@ -80,7 +80,7 @@ class RunFuture(Generic[R]):
     def state(self) -> State[R]:
         """The run's state now. Looking at a final state counts as having noticed a failure."""
         self._settle()
-        state = self.run.states[-1]
+        state = self.run.state
         if state.is_final():
             self._observed = True
         return state
@@ -91,7 +91,7 @@ class RunFuture(Generic[R]):
 
     def cancel(self) -> bool:
         """Ask the run to end as Cancelled; whether it was still running. What it awaits is cancelled as well."""
-        if self.run.states[-1].name == "Pending":  # may never take its first step, and so not sign off
+        if self.run.state.name == "Pending":  # may never take its first step, and so not sign off
             self._work.add_done_callback(self._sign_off)
         return self._work.cancel()
 
@@ -135,7 +135,7 @@ class RunFuture(Generic[R]):
                     waiting.end()
         self._observed = True  # not before: whoever gives up waiting has not seen the failure
         self._settle()
-        state = self.run.states[-1]
+        state = self.run.state
         if state.type is COMPLETED:
             return cast(R, state.data)
         raise state.error()
@@ -148,7 +148,7 @@ class RunFuture(Generic[R]):
 
     def tell(self) -> None:
         """Log a failure that nobody has looked at; once."""
-        state = self.run.states[-1]
+        state = self.run.state
         if self._observed or not state.is_final() or state.type in (COMPLETED, CANCELLED):
             return
         self._observed = True
@@ -156,7 +156,7 @@ class RunFuture(Generic[R]):
         logger.error("%r, which nobody but the engine owns, failed: %r", self, error, exc_info=error)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} {self.run.states[-1]!r}>"
+        return f"<{type(self).__name__} {self.name!r} {self.run.state!r}>"
 
 
 async def _until_done(work: asyncio.Task[None]) -> None:
@@ -274,7 +274,7 @@ class PendingFutureList(FutureList[R]):
         return None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
 
     def is_filled(self) -> bool:
-        return self._filling.run.states[-1].type is COMPLETED
+        return self._filling.run.state.type is COMPLETED
 
     def _check_filled(self) -> None:
         if not self._filling.done():
@@ -331,7 +331,7 @@ async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> 
 
 def _has_failed(future: RunFuture[Any]) -> bool:
     future._settle()
-    return future.run.states[-1].type is not COMPLETED
+    return future.run.state.type is not COMPLETED
 
 
 async def wait(

@@ -38,6 +38,7 @@ from ._states import (
     SCHEDULED,
     State,
     StateType,
+    now_us,
     quick,
 )
 
@@ -102,22 +103,32 @@ class Life:
     rule: Retry = _NEVER
     attempt: int = 0
     delay: float = 0.0
-    states: list[State[Any]]
     _proposed: State[Any] | None = None
+    _pended: int
+    _state: State[Any] | None
+    """None for Pending, which says nothing but since when: `_pended`. It is made when somebody looks."""
+
+    def pend(self) -> None:
+        """The life begins."""
+        self._pended = now_us()
+        self._state = None
 
     def enter(self, event: str, data: Any = None, message: str | None = None) -> State[Any]:
         """Take the arrow `event` of the table from the current state, and return the new state."""
-        states = self.states
-        arrow = _ARROWS.get((states[-1].name, event))
+        before = self._state
+        arrow = _ARROWS.get(("Pending" if before is None else before.name, event))
         if arrow is None:
             arrow = self._from_renamed(event)
-        state = quick(arrow[1], arrow[0], data, message)
-        states.append(state)
+        self._state = state = quick(arrow[1], arrow[0], data, message)
+        state.before = before
         return state
+
+    def _add(self, state: State[Any]) -> None:
+        state.before, self._state = self._state, state
 
     def _from_renamed(self, event: str) -> tuple[str, StateType]:
         """The arrow from a state that the user named: Completed by another name may still be rolled back."""
-        state = self.states[-1]
+        state = self.state
         if event == "roll_back" and state.type is COMPLETED and state.name != "RolledBack":
             return _ARROWS["Completed", event]
         raise IllegalTransitionError(f"{event!r} cannot happen to a run in state {state!r}")
@@ -125,11 +136,31 @@ class Life:
     @property
     def state(self) -> State[Any]:
         """The state that the run is in."""
-        return self.states[-1]
+        if self._state is None:
+            self._state = self._pending()
+        return self._state
+
+    def _pending(self) -> State[Any]:
+        pending: State[Any] = quick(PENDING, "Pending")
+        pending._moment = self._pended
+        return pending
+
+    @property
+    def states(self) -> list[State[Any]]:
+        """All states so far, the first one first."""
+        states: list[State[Any]] = []
+        state: State[Any] | None = self.state
+        while state is not None:
+            states.append(state)
+            state = state.before
+        if states[-1].name != "Pending":
+            first = states[-1].before = self._pending()
+            states.append(first)
+        return states[::-1]
 
     @property
     def is_over(self) -> bool:
-        return self.states[-1].is_final()
+        return self._state is not None and self._state.is_final()
 
     def start(self) -> State[Any]:
         """The first attempt begins."""
@@ -150,7 +181,7 @@ class Life:
         mine = quick(value.type, value.name, value.data, value.message)
         if mine.type is FAILED:
             return self._propose(mine)
-        self.states.append(mine)
+        self._add(mine)
         return Do.FINISH
 
     def raised(self, error: BaseException) -> Do:
@@ -164,12 +195,12 @@ class Life:
         return self._propose(quick(FAILED, "TimedOut", error, str(error)))
 
     def _check_running(self, event: str) -> None:
-        if self.states[-1].name not in _BODY_RUNS:
+        if self.state.name not in _BODY_RUNS:
             raise IllegalTransitionError(f"the body of a run in state {self.state!r} cannot have {event}")
 
     def _propose(self, failed: State[Any]) -> Do:
         if self.attempt > self.rule.times:
-            self.states.append(failed)
+            self._add(failed)
             return Do.FINISH
         self._proposed = failed
         return Do.ASK if self.rule.conditional else self.decide(True)
@@ -184,7 +215,7 @@ class Life:
         """The retry condition said whether to try again."""
         failed, self._proposed = self.proposed, None
         if not again:
-            self.states.append(failed)
+            self._add(failed)
             return Do.FINISH
         self.delay = self.rule.delay(self.attempt, _random)
         if self.delay > 0:

@@ -17,7 +17,7 @@ from ._futures import (
     unmapped,
 )
 from ._kernel import Life
-from ._states import COMPLETED, PENDING, State, quick
+from ._states import COMPLETED, State
 
 if TYPE_CHECKING:
     from ._task import Task
@@ -31,7 +31,7 @@ class Spreading(Life):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.states = [quick(PENDING, "Pending")]
+        self.pend()
 
 
 def spread(task: Task[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FutureList[R]:

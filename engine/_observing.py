@@ -37,7 +37,7 @@ def outcome_of(run: TaskRun | FlowRun) -> Outcome:
     assert definition is not None
     is_task = run.task is not None
     return Outcome(
-        definition, definition.name, run.name, run.states[-1].name, run.reason, run.attempt, is_task
+        definition, definition.name, run.name, run.state.name, run.reason, run.attempt, is_task
     )
 
 

@@ -38,7 +38,7 @@ async def write(txn: transaction) -> None:
         raise _failure(txn, _where_of(txn, error), str(error) or repr(error)) from error
     for staged in txn._staged.values():
         if staged.run is not None:
-            staged.run.states[-1].location = staged.prepared.key
+            staged.run.state.location = staged.prepared.key
 
 
 async def _settle_held(txn: transaction) -> None:

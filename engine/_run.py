@@ -83,7 +83,7 @@ async def perform(run: TaskRun | FlowRun) -> State[Any]:
             run.engine.note(run)
     if definition.hooks or logger.isEnabledFor(INFO):
         await end(run, definition)
-    return run.states[-1]
+    return run.state
 
 
 carriers.add(perform.__code__)
@@ -167,10 +167,10 @@ async def _within(
         raise
     finally:
         current_transaction.reset(token)
-    if run.states[-1].type is not COMPLETED:
+    if run.state.type is not COMPLETED:
         await uncancelled(txn.roll_back())
         return
-    if not run.states[-1].is_cached():  # what was committed before is not rolled back
+    if not run.state.is_cached():  # what was committed before is not rolled back
         txn.add_run(run, definition.hooks)
     if txn.is_broken and not txn.joins:
         await uncancelled(txn.roll_back())  # outside of a block it is no error, and a warning has been given
@@ -325,7 +325,7 @@ async def _condition(run: TaskRun | FlowRun, definition: Definition[..., Any]) -
 
 async def end(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
     """Log the final state and call its hooks."""
-    state = run.states[-1]
+    state = run.state
     if logger.isEnabledFor(INFO):
         reason = f"; {run.reason}" if run.reason else ""
         logger.info("%s %r - Finished in state %r%s", definition.kind, run.name, state, reason)
@@ -340,7 +340,7 @@ async def end(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
 
 async def _end_shielded(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
     """As `end`, for a run that is on its way out: no cancellation breaks it off, and no hook holds it up for long."""
-    event = _EVENTS.get(run.states[-1].type)
+    event = _EVENTS.get(run.state.type)
     if event is None or event not in definition.hooks:
         await end(run, definition)  # has nothing to wait for
         return

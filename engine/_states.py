@@ -47,7 +47,10 @@ class State(Generic[R_co]):
         data: The value of a completed state, the exception of a failed one.
     """
 
-    __slots__ = ("_moment", "data", "location", "message", "name", "type")
+    __slots__ = ("_moment", "before", "data", "location", "message", "name", "type")
+
+    before: State[Any] | None
+    """The state of the run before this one: a chain takes less room than a list."""
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class State(Generic[R_co]):
         self.message = message
         self.data = data
         self.location: str | None = None
+        self.before = None
         self._moment = now_us()
 
     @property
@@ -125,7 +129,7 @@ def quick(type_: StateType, name: str, data: Any = None, message: str | None = N
     state.name = name
     state.message = message
     state.data = data
-    state.location = None
+    state.location = state.before = None
     state._moment = now_us()
     return state
 

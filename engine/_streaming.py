@@ -19,7 +19,6 @@ from ._errors import ConfigurationError, RunCancelledError
 from ._futures import RunFuture, TaskFuture
 from ._kernel import Life
 from ._owning import Owner, cancel_all, owner_here
-from ._states import PENDING, quick
 
 if TYPE_CHECKING:
     from ._task import Task
@@ -69,7 +68,7 @@ class _StreamOfRuns(RunFuture[None]):
 def _make_known(name: str, feeder: asyncio.Task[None], owner: Owner) -> RunFuture[None]:
     life = Life()
     life.name = f"{name}.stream"  # type: ignore[attr-defined]  # as much of a run as an owner needs
-    life.states = [quick(PENDING, "Pending")]
+    life.pend()
     future = _StreamOfRuns(life)  # type: ignore[arg-type]  # see above
     future.owner = owner
     future._work = feeder

@@ -42,7 +42,7 @@ def life_in(name: str, **retry: Any) -> Life:
     """A life in the state of that name."""
     life = Life()
     life.rule = Retry(**retry)
-    life.states = [State(StateType.PENDING)]
+    life.pend()
     for event in PATHS[name]:
         life.enter(event)
     life.attempt = 1
@@ -54,7 +54,7 @@ def running(**retry: Any) -> Life:
     """A life in its first attempt."""
     life = Life()
     life.rule = Retry(**retry)
-    life.states = [State(StateType.PENDING)]
+    life.pend()
     life.start()
     return life
 
@@ -324,7 +324,7 @@ class AnyLife(RuleBasedStateMachine):
     def begin(self, times: int, delays: list[float], conditional: bool) -> None:
         self.life = Life()
         self.life.rule = Retry(times, tuple(delays), 0.5, conditional)
-        self.life.states = [State(StateType.PENDING)]
+        self.life.pend()
         self.allowed = times + 1
         self.do = Do.RUN
 
