@@ -22,11 +22,12 @@ import keys
 import large
 import records
 import transactions
+import waiters
 import web
 from harness import Row, measure, show
 
 LAST = Path(__file__).with_name("last.json")
-GROUPS = (calls, records, large, imports, keys, transactions, web)
+GROUPS = (calls, records, large, imports, keys, transactions, waiters, web)
 
 
 def main(wanted: list[str]) -> None:

@@ -33,25 +33,20 @@ async def exclusively(call: Call, manager: LockManager) -> None:
         if isinstance(entered, Inside):
             await _run_inside(call, entered.flight)
             return
-        if not call.refresh and await _served_by(call, entered):
-            return
-
-
-async def _served_by(call: Call, served: Served) -> bool:
-    """End the run with the leader's value; false where it cannot be had from what the leader has written."""
-    run = call.run
-    try:
-        if served.weight > LEAVES_LOOP:
-            value: Any = await run.engine.in_thread(served.value)
-        else:
-            value = served.value()
-    except Exception as error:  # a serializer of the user's own may raise anything
-        logger.warning(
-            "%s %r - the result of %s cannot be read: %r", run.kind, run.name, served.run_id, error
-        )
-        return False
-    serve_value(run, value, served.run_id, served.created)
-    return True
+        if call.refresh:
+            continue
+        try:
+            if entered.weight > LEAVES_LOOP:
+                value: Any = await run.engine.in_thread(entered.value)
+            else:
+                value = entered.value()
+        except Exception as error:  # a serializer of the user's own may raise anything
+            logger.warning(
+                "%s %r - the result of run %s cannot be read: %r", run.kind, run.name, entered.run_id, error
+            )
+            continue
+        serve_value(run, value, entered.run_id, entered.created)
+        return
 
 
 async def _run_inside(call: Call, flight: Flight) -> None:

@@ -74,7 +74,7 @@ class Flight:
         """
         self.leader = txn
         for waiter, node in list(self.waiters.items()):
-            above = tuple(lineage(node))[1:]
+            above = _above(node)
             if txn in above:
                 self._settle(waiter, served or Inside(self))
             elif txn.blocked_on:
@@ -137,7 +137,7 @@ class Room:
         if flight is None:
             flight = self._flights[where] = Flight(where, run)
             return Lead(flight)
-        above = tuple(lineage(run))[1:]
+        above = _above(run)
         if flight.leader in above:
             return Inside(flight)
         if flight.leader.blocked_on:
@@ -189,8 +189,10 @@ class Room:
         """The leader is done: serve everybody, or let the next one in line lead."""
         flight.held = None
         if served is not None:
-            for waiter in list(flight.waiters):
-                flight._settle(waiter, served)
+            waiters, flight.waiters = flight.waiters, OrderedDict()
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(served)
         while flight.waiters:
             waiter, run = flight.waiters.popitem(last=False)
             if not waiter.done():
@@ -234,6 +236,13 @@ def lineage(node: Run | transaction | None) -> Iterator[Any]:
         else:
             yield from _blocks(node)
             node = node.run
+
+
+def _above(node: Run | transaction) -> tuple[Any, ...]:
+    """All of the lineage but itself."""
+    if isinstance(node, Run) and node.parent is None and node.transaction is None:
+        return ()
+    return tuple(lineage(node))[1:]
 
 
 def _blocks(txn: transaction | None) -> Iterator[transaction]:
