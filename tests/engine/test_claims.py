@@ -1,0 +1,338 @@
+"""Claims in the record's own place: what they cost, and what becomes of them when answers are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from onceflow.engine import INPUTS, Engine, task
+from onceflow.engine import _claiming as claiming
+from onceflow.engine._claims import Claim
+from onceflow.engine._flights import Flight
+from onceflow.locking import StorageLockManager
+from onceflow.storage import MemoryStorage, StorageUnavailableError
+from onceflow.storage._envelope import unpack_header
+from until import until
+
+SERIAL = INPUTS.configure(isolation_level="SERIALIZABLE")
+Logged = pytest.LogCaptureFixture
+
+
+class Watched(MemoryStorage):
+    """Counts what is asked for records, and loses what it is told to lose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: Counter[str] = Counter()
+        self.lost_before = 0
+        self.lost_after = 0
+        self.gate: asyncio.Event | None = None
+        self.at_gate = asyncio.Event()
+
+    async def fetch(self, key: str, *args: Any, **options: Any) -> Any:
+        if key[0] not in ".\0":
+            self.requests["GET"] += 1
+            await asyncio.sleep(0)  # as every storage that is further away
+        return await super().fetch(key, *args, **options)
+
+    async def write(self, key: str, *args: Any, **options: Any) -> str:
+        if key[0] in ".\0":
+            return await super().write(key, *args, **options)
+        self.requests["PUT"] += 1
+        if self.lost_before:
+            self.lost_before -= 1
+            raise StorageUnavailableError("write", key, self.url, "no answer", "Wait.")
+        version = await super().write(key, *args, **options)
+        if self.gate is not None:
+            self.at_gate.set()
+            await self.gate.wait()
+        if self.lost_after:
+            self.lost_after -= 1
+            raise StorageUnavailableError("write", key, self.url, "the answer was lost", "Wait.")
+        return version
+
+    def asked(self) -> dict[str, int]:
+        """What was asked since the last time."""
+        asked, self.requests = dict(self.requests), Counter()
+        return asked
+
+    async def kind(self, key: str) -> str:
+        """What lies under the key."""
+        return unpack_header(await MemoryStorage.read(self, key))[0].kind
+
+
+@pytest.fixture
+def storage() -> Watched:
+    return Watched()
+
+
+@pytest.fixture
+async def engine(storage: Watched) -> AsyncIterator[Engine]:
+    """An engine whose locks lie in its records' own storage."""
+    locks = StorageLockManager(storage, lease_seconds=0.3)
+    async with Engine(storage, locks) as engine:
+        yield engine
+
+
+# --- requests
+
+
+async def test_requests(engine: Engine, storage: Watched) -> None:
+    """A miss costs 1 GET and 2 PUTs, a hit 1 GET, however many want either at once; a refresh 1 GET and 2 PUTs."""
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> list[int]:
+        await asyncio.sleep(0.01)
+        return [x]
+
+    await one(1)
+    assert storage.asked() == {"GET": 1, "PUT": 2}
+    await one(1)
+    assert storage.asked() == {"GET": 1}
+    await asyncio.gather(*(one(2) for _ in range(50)))
+    assert storage.asked() == {"GET": 1, "PUT": 2}
+    await asyncio.gather(*(one(2) for _ in range(50)))
+    assert storage.asked() == {"GET": 1}
+    await one.with_options(refresh_cache=True)(1)
+    assert storage.asked() == {"GET": 1, "PUT": 2}
+
+
+async def test_requests_of_a_failure(engine: Engine, storage: Watched) -> None:
+    """A run that fails leaves a grave of its claim; the next miss is as cheap as the first."""
+    failing = True
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        if failing:
+            raise ValueError(x)
+        return x
+
+    with pytest.raises(ValueError):
+        await one(1)
+    key = str(await one.cache_key(1))
+    assert await storage.kind(key) == "free"
+    storage.asked()
+    failing = False
+    assert await one(1) == 1
+    assert storage.asked() == {"GET": 1, "PUT": 2}
+
+
+async def test_requests_of_a_wait(engine: Engine, storage: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """22: however many wait for another process's claim, one of them looks, less and less often; the end costs one."""
+    go, inside = asyncio.Event(), asyncio.Event()
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(min(seconds, 0.01))
+
+    @task(cache_policy=SERIAL)
+    async def gated(x: int) -> int:
+        inside.set()
+        await go.wait()
+        return x
+
+    async def elsewhere() -> int:
+        async with Engine(storage, StorageLockManager(storage)):
+            return await gated(1)
+
+    other = asyncio.create_task(elsewhere())
+    await inside.wait()
+    monkeypatch.setattr(claiming, "asyncio", SimpleNamespace(sleep=noted))
+    storage.asked()
+    waiters = [asyncio.create_task(gated(1)) for _ in range(200)]
+    await until(lambda: len(pauses) >= 12)
+    looks = storage.asked()
+    go.set()
+    assert [*await asyncio.gather(other, *waiters)] == [1] * 201
+    assert looks.keys() == {"GET"}
+    assert looks["GET"] <= len(pauses) + 3
+    assert all(claiming.SHORTEST <= pause <= claiming.LONGEST for pause in pauses)
+    assert max(pauses) > 0.2
+
+
+# --- a claim by itself
+
+
+def claim_on(storage: Watched, name: str, lease: float = 0.3) -> Claim:
+    return Claim(Flight((storage.url, "key"), None), storage, name, name, lease, ())
+
+
+async def test_renewed_while_held(storage: Watched) -> None:
+    """7: a claim is written anew every third of its lease, and each time is another version."""
+    claim = claim_on(storage, "one")
+    assert await claim.take("", b"", 0)
+    versions = {claim.version}
+    for _ in range(3):
+        await until(lambda: claim.version not in versions)
+        versions.add(claim.version)
+    await claim.release()
+    assert await storage.kind("key") == "free"
+    assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+
+async def test_a_renewal_without_an_answer(storage: Watched, caplog: Logged) -> None:
+    """8: a renewal that arrived, though its answer was lost, or did not arrive, takes the claim from nobody."""
+    for lost in ("lost_before", "lost_after"):
+        claim = claim_on(storage, "one")
+        stat = await storage.stat("key")
+        assert await claim.take("" if stat is None else stat.version, b"", 0)
+        caplog.clear()
+        setattr(storage, lost, 2)
+        await until(lambda lost=lost: not getattr(storage, lost))  # type: ignore[misc]
+        version = claim.version
+        await until(lambda claim=claim, version=version: claim.version != version)  # type: ignore[misc]
+        assert not claim.lost
+        assert caplog.text.count("could not be renewed") == 1
+        assert await claim.settle() == (await storage.stat("key") or stat).version  # type: ignore[union-attr]
+        await claim.release()
+        assert await storage.kind("key") == "free"
+
+
+async def test_commit_after_a_lost_answer(engine: Engine, storage: Watched) -> None:
+    """35: a commit whose last renewal has arrived without an answer finds its own claim, and is published."""
+    ran = 0
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        nonlocal ran
+        ran += 1
+        storage.lost_after = 1
+        await until(lambda: storage.lost_after == 0)
+        return x
+
+    assert await one(1) == 1
+    assert await one(1) == 1
+    assert ran == 1
+
+
+async def test_commit_during_a_renewal(engine: Engine, storage: Watched) -> None:
+    """A renewal that is under way when the body ends is waited for: its version is the one to replace."""
+    ran = 0
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        nonlocal ran
+        ran += 1
+        storage.gate = asyncio.Event()
+        await storage.at_gate.wait()  # the renewal has arrived, and its answer is on its way
+        asyncio.get_running_loop().call_later(0.05, storage.gate.set)
+        return x
+
+    assert await one(1) == 1
+    storage.gate = None
+    assert await one(1) == 1
+    assert ran == 1
+
+
+async def test_taken_over(storage: Watched, caplog: Logged) -> None:
+    """9: a claim that somebody else has taken over is lost with one warning; releasing it disturbs nobody."""
+    claim, other = claim_on(storage, "one"), claim_on(storage, "two")
+    assert await claim.take("", b"", 0)
+    assert await other.take(claim.version, b"", claim.token)
+    assert other.token > claim.token
+    await until(lambda: claim.lost)
+    await claim.release()
+    assert caplog.text.count("was taken over") == 1
+    assert not other.lost
+    assert await storage.kind("key") == "claim"
+    await other.release()
+
+
+async def test_only_one_takes_it(storage: Watched) -> None:
+    """Of ten that have seen the same version one gets the claim."""
+    claims = [claim_on(storage, f"{number}") for number in range(10)]
+    taken = await asyncio.gather(*(claim.take("", b"", 0) for claim in claims))
+    assert sum(taken) == 1
+    for claim in claims:
+        await claim.release()
+    assert await storage.kind("key") == "free"
+
+
+async def test_cancelled_while_it_is_taken(storage: Watched) -> None:
+    """32: a claim whose request was on its way when its run was cancelled is undone before the cancellation goes on."""
+    storage.gate = asyncio.Event()
+    claim = claim_on(storage, "one")
+    taking = asyncio.create_task(claim.take("", b"", 0))
+    await storage.at_gate.wait()
+    taking.cancel()
+    await asyncio.sleep(0)
+    taking.cancel()
+    gate, storage.gate = storage.gate, None
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    assert await storage.kind("key") == "free"
+
+
+async def test_what_was_there_is_put_back(storage: Watched) -> None:
+    """A claim that ends without a commit leaves what was committed before, byte for byte."""
+    before = os.urandom(100)
+    version = await storage.write("key", before)
+    claim = claim_on(storage, "one")
+    assert await claim.take(version, before, 0)
+    assert await storage.kind("key") == "claim"
+    await claim.release()
+    assert await storage.read("key") == before
+
+
+async def test_a_storage_that_is_gone(engine: Engine, storage: Watched, caplog: Logged) -> None:
+    """41: where the claim cannot be written the run fails, with the storage's error, and nobody is left waiting."""
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        return x
+
+    storage.lost_before = 3
+    states = await asyncio.gather(*(one.run_to_state(1) for _ in range(5)))
+    errors = [state.error() for state in states[:3]]
+    assert all(isinstance(error, StorageUnavailableError) for error in errors)
+    assert [state.result() for state in states[3:]] == [1, 1]
+    assert len(engine.flights) == 0
+
+
+async def test_invalidated_while_it_runs(engine: Engine, storage: Watched, caplog: Logged) -> None:
+    """A record that is invalidated while it is computed is not published by the run that began before."""
+    caplog.set_level(logging.WARNING, "onceflow")
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        inside.set()
+        await go.wait()
+        return x
+
+    running = asyncio.create_task(one(1))
+    await inside.wait()
+    assert not await one.invalidate(1)  # there is no record yet
+    go.set()
+    assert await running == 1
+    assert "its result is not published" in caplog.text
+    assert await storage.stat(str(await one.cache_key(1))) is None
+
+
+async def test_key_functions_are_exclusive_too(storage: Watched) -> None:
+    """A key function takes over the isolation and the lock manager of the policy that it displaces."""
+    ran = 0
+    policy = SERIAL.configure(lock_manager=StorageLockManager(storage))
+
+    with pytest.warns(UserWarning, match="the function wins"):
+
+        @task(cache_policy=policy, cache_key_fn=lambda context, parameters: f"key-{parameters['x']}")
+        async def one(x: int) -> int:
+            nonlocal ran
+            ran += 1
+            await asyncio.sleep(0.01)
+            return x
+
+    async with Engine(storage):
+        assert [*await asyncio.gather(one(1), one(1))] == [1, 1]
+    assert ran == 1
+    assert await storage.kind("key-1") == "record"
