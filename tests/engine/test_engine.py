@@ -82,7 +82,7 @@ def test_making_an_engine_opens_nothing(tmp_path: Path) -> None:
         del os.environ["ONCEFLOW_NO_SUCH_SETTING"]
     assert len(engines) == 1000
     assert not (tmp_path / "store").exists()
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # some of earlier tests may end meanwhile
 
 
 async def test_opening_touches_no_storage(tmp_path: Path, home: Path) -> None:

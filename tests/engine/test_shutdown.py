@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -385,7 +386,8 @@ async def test_the_last_ctrl_c_is_pythons(tmp_path: Path, how: str) -> None:
             assert await running.line() == "cancelled"
             running.interrupt()  # out of the loop, which cancels what is left once more
             await asyncio.sleep(0.3)
-            running.interrupt()  # and out of that
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by then
+                running.interrupt()  # and out of that
         _, err = await running.rest()
     assert "KeyboardInterrupt" in err
 
