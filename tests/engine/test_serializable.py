@@ -382,15 +382,15 @@ async def test_a_wait_is_not_work(side: Side) -> None:
     """B11: waiting is not counted against timeout_seconds, and holds no slot of a limit."""
     inside = asyncio.Event()
 
-    @task(cache_policy=SERIAL, timeout_seconds=0.15, retries=1, concurrency=1)
+    @task(cache_policy=SERIAL, timeout_seconds=1.1, retries=1, concurrency=1)
     async def slow(x: int) -> int:
         inside.set()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.6)
         if get_run_context().run_count == 1 and x == 1:
             raise ValueError("again")
         return x
 
-    runs = [asyncio.create_task(slow(1)) for _ in range(3)]  # 0.2 s, longer than one may run
+    runs = [asyncio.create_task(slow(1)) for _ in range(3)]  # 1.2 s, longer than one may run
     await inside.wait()
     assert await slow(2) == 2  # the one slot was free between the attempts, though two wait for key 1
     assert await asyncio.gather(*runs) == [1, 1, 1]
