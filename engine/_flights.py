@@ -202,6 +202,15 @@ class Room:
         if self._flights.get(flight.where) is flight:
             del self._flights[flight.where]
 
+    def held_above(self, flight: Flight, node: Run | transaction) -> list[Holding]:
+        """What callers of a run, or transactions around it, hold under the same key of other storages."""
+        above = _above(node)
+        return [
+            other.held
+            for other in self._flights.values()
+            if other.where[1] == flight.where[1] and other.held is not None and other.leader in above
+        ]
+
     async def aclose(self) -> None:
         """Free the keys of runs that outlive their engine, and send away who waits for them."""
         flights, self._flights, self._loop = list(self._flights.values()), {}, None

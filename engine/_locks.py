@@ -21,20 +21,22 @@ if TYPE_CHECKING:
 class Held:
     """A key that a run, or the transaction that it belongs to, holds until the outcome."""
 
-    __slots__ = ("_lease", "flight")
+    __slots__ = ("_is_lent", "flight", "lease", "locks")
 
-    def __init__(self, flight: Flight, lease: Lease) -> None:
+    def __init__(self, flight: Flight, lease: Lease, locks: str, *, is_lent: bool = False) -> None:
         self.flight = flight
         flight.held = self
-        self._lease = lease
+        self.lease = lease
+        self.locks = locks
+        self._is_lent = is_lent
 
     @property
     def lost(self) -> bool:
-        return self._lease.lost
+        return self.lease.lost
 
     @property
     def token(self) -> int | None:
-        return self._lease.token
+        return self.lease.token
 
     async def settle(self, expect: str | None) -> str | None:
         """The version that the commit replaces: what was seen when the key was looked up under the lock."""
@@ -42,8 +44,10 @@ class Held:
 
     async def release(self, *, committed: bool = False) -> None:
         """Free the key; where the lock server cannot be reached, its lease ends by itself."""
+        if self._is_lent:
+            return
         try:
-            await self._lease.release()
+            await self.lease.release()
         except Exception as error:  # a lock manager of the user's own may raise anything
             logger.warning("%s The key is free when its lease ends.", error)
 
@@ -79,6 +83,9 @@ async def hold(
 ) -> Held:
     """Take the key from the lock manager; a run says Waiting where it is not free at once.
 
+    Locks are named by the key alone, since one storage may have several URLs. Where a caller holds the same key of
+    another storage, the lock is lent by it: it would wait for itself.
+
     Raises:
         LockTimeoutError: It was not free in time.
         LockUnavailableError: The lock server does not answer.
@@ -86,12 +93,15 @@ async def hold(
     key = flight.where[1]
     lease = await manager.acquire(key, holder.id, timeout=0)
     if lease is None:
+        for held in holder.engine.flights.held_above(flight, holder):
+            if isinstance(held, Held) and held.locks == manager.url:
+                return Held(flight, held.lease, held.locks, is_lent=True)
         holder.begin_waiting()
         lease = await manager.acquire(key, holder.id, timeout=patience.left)
     if lease is None:
         assert patience.seconds is not None
         raise LockTimeoutError(key, holder.name, manager.url, patience.seconds)
-    return Held(flight, lease)
+    return Held(flight, lease, manager.url)
 
 
 async def open_keyed(txn: transaction, timeout: float | None) -> None:

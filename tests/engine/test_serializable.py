@@ -627,6 +627,25 @@ async def test_the_own_tree(side: Side) -> None:
     assert await outer(1) == 11
 
 
+async def test_the_same_key_of_another_storage(side: Side) -> None:
+    """15: a run may call one whose record has the same key in another storage: its own lock is no obstacle."""
+    other = MemoryStorage()
+
+    @task(cache_policy=SERIAL, result_storage=other)
+    async def inner(x: int) -> int:
+        return x
+
+    @task(cache_policy=SERIAL)
+    async def outer(x: int) -> int:
+        return await inner(x) + 1
+
+    async with asyncio.timeout(10):
+        assert await outer(1) == 2
+    assert await inner.cache_key(1) == await outer.cache_key(1)
+    assert await side.is_free(str(await outer.cache_key(1)))
+    assert not await side.locks.is_locked(str(await outer.cache_key(1)))
+
+
 async def test_two_flows_in_opposite_order(side: Side) -> None:
     """15: two runs that each hold a key and want the other's: one is refused with the chain, the other goes on."""
     both = asyncio.Barrier(2)
