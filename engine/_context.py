@@ -233,7 +233,7 @@ class TaskRun(Run):
             self.flow_run = parent.flow_run  # pyright: ignore[reportIncompatibleMethodOverride]  # read-only there
             self.engine = parent.engine
         else:
-            self.flow_run = None
+            self.flow_run = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def _definition(self) -> Task[..., Any]:
         return self.task

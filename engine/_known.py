@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._context import TaskRun
 from ._policies import InputsPolicy
 
 if TYPE_CHECKING:
     from ._committing import Key
-    from ._context import FlowRun, TaskRun
+    from ._context import FlowRun
     from ._definition import Definition
     from ._place import Place
     from ._steps import Where
@@ -50,7 +51,7 @@ class KnownKeys:
 
     def mark(self, run: TaskRun | FlowRun) -> Mark | None:
         """By what to remember a run's key; None where it has to be computed."""
-        if run.task is None or run.kwargs:
+        if not isinstance(run, TaskRun) or run.kwargs:
             return None
         args = run.args
         if len(args) != self._parameters:

