@@ -20,7 +20,7 @@ from ._options import FlowOptions
 from ._owning import cancel_all, finish
 from ._parameters import Validator
 from ._policies import CachePolicy
-from ._run import forget, perform_root, perform_submitted
+from ._run import forget, perform, perform_root
 from ._states import COMPLETED, State
 from ._sync import in_thread, run_blocking
 
@@ -108,9 +108,7 @@ class Flow(Definition[P, R]):
         run.is_submitted = True
         future: FlowFuture[R] = FlowFuture(run)
         future.owner = engine
-        work = asyncio.get_running_loop().create_task(
-            perform_submitted(future, engine), context=_background(engine)
-        )
+        work = asyncio.get_running_loop().create_task(perform(run, future), context=_background(engine))
         work.add_done_callback(partial(_has_ended, run))
         run.carrier = future._work = work
         engine.live.add(run)

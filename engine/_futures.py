@@ -44,6 +44,19 @@ class quote(Annotation[T]):
     """`t.submit(quote(x))`: `x` is handed on as it is, neither searched for futures nor awaited."""
 
 
+class _Ended:
+    """Stands for the asyncio task of a run that has ended, which would keep its context and its coroutine alive."""
+
+    def done(self) -> bool:
+        return True
+
+    def cancel(self) -> bool:
+        return False
+
+
+ENDED = cast("asyncio.Task[Any]", _Ended())
+
+
 class RunFuture(Generic[R]):
     """A run that is under way on the caller's loop. Await it for its value; what the run raised is raised.
 
@@ -54,7 +67,7 @@ class RunFuture(Generic[R]):
 
     __slots__ = ("__weakref__", "_observed", "_work", "owner", "run")
 
-    _work: asyncio.Task[None]
+    _work: asyncio.Task[Any]
     owner: Any
     """Who awaits the run and reports its failure: see `_owning`."""
     is_stream = False
@@ -302,19 +315,24 @@ def _check_timeout(timeout: float | None) -> None:
         raise ValueError(f"timeout must not be negative, got {timeout}.")
 
 
+MANY = 16
+"""From how many futures on it pays to give them a turn of the loop before anything else."""
+
+
 async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> None:
     """Return when all are done, or one has failed: one callback a future and one waiter for all."""
+    futures = list(futures)
+    if len(futures) > MANY:
+        await asyncio.sleep(0)  # those that end in their first step, mostly all, need no callback then
     pending = {future._work: future for future in futures if not future._work.done()}
     if not pending or (stop_on_failure and any(_has_failed(f) for f in futures if f._work not in pending)):
         return
     waiting = begin_waiting(pending.values())
     waiter = asyncio.get_running_loop().create_future()
-    left = len(pending)
 
     def ended(work: asyncio.Task[None]) -> None:
-        nonlocal left
-        left -= 1
-        if not waiter.done() and (left == 0 or (stop_on_failure and _has_failed(pending[work]))):
+        future = pending.pop(work)  # lets the asyncio task go
+        if not waiter.done() and (not pending or (stop_on_failure and _has_failed(future))):
             waiter.set_result(None)
 
     for work in pending:
@@ -324,9 +342,8 @@ async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> 
     finally:
         if waiting is not None:
             waiting.end()
-        if left:
-            for work in pending:
-                work.remove_done_callback(ended)
+        for work in pending:
+            work.remove_done_callback(ended)
 
 
 def _has_failed(future: RunFuture[Any]) -> bool:

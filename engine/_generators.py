@@ -24,7 +24,7 @@ from ._errors import RunTimeoutError
 from ._futures import TaskFuture
 from ._kernel import Retry
 from ._owning import owner_here
-from ._run import BodyTimeout, forget, perform_submitted
+from ._run import BodyTimeout, forget, perform
 from ._states import State
 from ._sync import in_thread
 
@@ -146,11 +146,10 @@ class _Reading(Generic[T]):
         owner: Any = here[0] if here is not None else _NoOwner(run.engine)
         self._future: StreamFuture[T] = StreamFuture(run)
         self._future.owner = owner
-        self._future._work = run.carrier = asyncio.get_running_loop().create_task(
-            perform_submitted(self._future, owner)
-        )
+        self._work = asyncio.get_running_loop().create_task(perform(run, self._future))
+        self._future._work = run.carrier = self._work
         owner.running.add(self._future)
-        self._future._work.add_done_callback(self._ended)
+        self._work.add_done_callback(self._ended)
         if run.parent is None:
             run.engine.live.add(run)
 
@@ -167,18 +166,18 @@ class _Reading(Generic[T]):
                 yield value
                 self._link.hide()
         except asyncio.CancelledError:
-            self._future._work.cancel()
+            self._work.cancel()
             raise
         finally:
             self._link.hide()
             self._channel.close()
-            await uncancelled(_until_over(self._future._work))
+            await uncancelled(_until_over(self._work))
         state = self._future.state
         if not state.is_completed():
             raise state.error()
 
 
-async def _until_over(work: asyncio.Task[None]) -> None:
+async def _until_over(work: asyncio.Task[Any]) -> None:
     await asyncio.wait([work])
 
 

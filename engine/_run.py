@@ -17,6 +17,7 @@ from ._arguments import LEAVES, Marked, NotReady
 from ._commit import uncancelled
 from ._context import FlowRun, Run, TaskRun, current_run, current_transaction
 from ._errors import RunTimeoutError, UpstreamFailedError
+from ._futures import ENDED
 from ._kernel import Do
 from ._logging import INFO, logger
 from ._prints import logged
@@ -26,64 +27,100 @@ from ._watchdog import carriers
 
 if TYPE_CHECKING:
     from ._definition import Definition
-    from ._futures import FlowFuture, TaskFuture
+    from ._futures import RunFuture
     from ._limits import Gate
 
 
-async def perform(run: TaskRun | FlowRun) -> State[Any]:
-    """Bring a run to its final state, in the caller's asyncio task."""
+async def perform(run: TaskRun | FlowRun, future: RunFuture[Any] | None = None) -> State[Any]:
+    """Bring a run to its final state, in the caller's asyncio task.
+
+    With its future it is the asyncio task of a submitted run: then its outcome is the state alone, and nothing is
+    raised but what ends the loop. (One coroutine for both, since 10 000 of them may be in flight.)
+    """
     definition: Definition[..., Any] = run.task or run.flow  # type: ignore[assignment]
     token: Token[Any] | None = current_run.set(run)
-    if run.is_submitted:
+    if future is not None:
         token = None  # the context is the run's own, and ends with it
     try:
-        if isinstance(run, FlowRun):
-            await run.flow.prepare(run)
-        elif marked := marked_in(run):
-            await resolve(run, marked)
-        if run.name_template is not None:
-            run.settle_name()
-        outer = enclosing() if current_transaction.get() is not None else None
-        if (outer is not None and outer.joins) or (definition.hooks and _has_outcome_hooks(definition)):
-            await _within(outer, run, definition)
-        elif _caching.wanted(run, definition):
-            await _caching.perform(run, definition, attempts)
-        elif _is_short(run, definition):
-            run.start()
-            try:
-                value = await definition.body(run)
-            except Exception as error:
-                run.raised(error)
+        try:
+            if isinstance(run, FlowRun):
+                await run.flow.prepare(run)
+            elif marked := marked_in(run):
+                await resolve(run, marked)
+            if run.name_template is not None:
+                run.settle_name()
+            outer = enclosing() if current_transaction.get() is not None else None
+            if (outer is not None and outer.joins) or (definition.hooks and _has_outcome_hooks(definition)):
+                await _within(outer, run, definition)
+            elif _caching.wanted(run, definition):
+                await _caching.perform(run, definition, attempts)
+            elif _is_short(run, definition):
+                run.start()
+                try:
+                    value = await definition.body(run)
+                except Exception as error:
+                    run.raised(error)
+                else:
+                    run.returned(value)
             else:
-                run.returned(value)
-        else:
-            await attempts(run, definition)
-    except CancelledError:
-        if not run.is_over:  # cancelled during its commit, a completed run stays completed
-            run.enter("cancel", message=run.engine.interrupted or "cancelled while it ran")
-        await _end_shielded(run, definition)
-        raise
-    except NotReady as error:
-        _not_ready(run, error.upstream)
-    except Exception as error:  # what the engine itself could not do: a configuration error, for one
-        if run.is_over:  # the body's outcome stands
-            logger.exception("%s %r - %r after its end", definition.kind, run.name, error)
-        else:
-            run.enter("fail", error, f"{type(error).__name__}: {error}")
+                await attempts(run, definition)
+        except NotReady as error:
+            _not_ready(run, error.upstream)
+        except Exception as error:  # what the engine itself could not do: a configuration error, for one
+            _failed_around(run, definition, error)
+        except BaseException as error:
+            await _interrupted(run, definition, error)
+            raise
+        finally:
+            if token is not None:
+                current_run.reset(token)
+            if run.engine.watchers:
+                run.engine.note(run)
+        if definition.hooks or logger.isEnabledFor(INFO):
+            await end(run, definition)
     except BaseException as error:
-        if not run.is_over:
-            run.enter("crash", error, f"{type(error).__name__}: {error}")
-        if not isinstance(error, GeneratorExit):  # the coroutine was dropped, and may not await any more
-            await _end_shielded(run, definition)
-        raise
+        if future is None or isinstance(error, _LOOP_ENDERS):
+            raise
     finally:
-        if token is not None:
-            current_run.reset(token)
-        if run.engine.watchers:
-            run.engine.note(run)
-    if definition.hooks or logger.isEnabledFor(INFO):
-        await end(run, definition)
+        if future is not None:
+            _sign_off(future)
     return run.state
+
+
+_LOOP_ENDERS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+def _failed_around(run: TaskRun | FlowRun, definition: Definition[..., Any], error: Exception) -> None:
+    if run.is_over:  # the body's outcome stands
+        logger.exception("%s %r - %r after its end", definition.kind, run.name, error)
+    else:
+        run.enter("fail", error, f"{type(error).__name__}: {error}")
+
+
+async def _interrupted(
+    run: TaskRun | FlowRun, definition: Definition[..., Any], error: BaseException
+) -> None:
+    """A cancellation or a crash ends the run; one that comes during its commit leaves it completed."""
+    if not run.is_over:
+        if isinstance(error, CancelledError):
+            run.enter("cancel", message=run.engine.interrupted or "cancelled while it ran")
+        else:
+            run.enter("crash", error, f"{type(error).__name__}: {error}")
+    if not isinstance(error, GeneratorExit):  # the coroutine was dropped, and may not await any more
+        await _end_shielded(run, definition)
+
+
+def _sign_off(future: RunFuture[Any]) -> None:
+    """A submitted run has ended: its owner need not wait any more, and keeps what somebody has to look at.
+
+    A cancellation that nobody asked for counts: the body let somebody else's out, and that must not pass unnoticed.
+    """
+    owner, state = future.owner, future.run.state
+    asked_for = state.type is CANCELLED and asyncio.current_task().cancelling()  # type: ignore[union-attr]  # in one
+    if state.type is not COMPLETED and not asked_for:
+        owner.failed.append(future)
+    owner.running.discard(future)
+    future._work = ENDED
 
 
 carriers.add(perform.__code__)
@@ -118,25 +155,6 @@ def forget(run: TaskRun | FlowRun) -> None:
     engine.live.discard(run)
     if engine.ended is not None and not engine.ended.done():
         engine.ended.set_result(None)
-
-
-async def perform_submitted(future: TaskFuture[Any] | FlowFuture[Any], owner: Any) -> None:
-    """The asyncio task of a submitted run. Its outcome is the run's state, so that it raises crashes only."""
-    try:
-        state = await perform(future.run)
-        if state.type is not COMPLETED:
-            owner.failed.append(future)
-    except asyncio.CancelledError:
-        # The state says Cancelled; who awaits the future hears of it there. If nobody asked for it, the
-        # body let somebody else's cancellation out, and that must not pass unnoticed.
-        if not asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
-            owner.failed.append(future)
-    except (KeyboardInterrupt, SystemExit):
-        raise  # they end the loop
-    except BaseException:  # kept in the state, and raised by whoever awaits it or owns it
-        owner.failed.append(future)
-    finally:
-        owner.running.discard(future)
 
 
 def _has_outcome_hooks(definition: Definition[..., Any]) -> bool:

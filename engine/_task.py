@@ -33,7 +33,7 @@ from ._options import TaskOptions
 from ._owning import Owner, owner_here
 from ._policies import CachePolicy
 from ._processes import run_in_process
-from ._run import perform, perform_root, perform_submitted, settle_arguments
+from ._run import perform, perform_root, settle_arguments
 from ._states import COMPLETED, State
 from ._streaming import stream
 from ._sync import call_on_loop, in_thread, run_blocking
@@ -231,7 +231,7 @@ class Task(Definition[P, R]):
         run.is_submitted = True
         future: TaskFuture[R] = TaskFuture(run)
         future.owner = owner
-        future._work = asyncio.get_running_loop().create_task(perform_submitted(future, owner))
+        future._work = asyncio.get_running_loop().create_task(perform(run, future))
         owner.running.add(future)
         return future
 

@@ -358,3 +358,18 @@ async def test_finished_runs_are_let_go() -> None:
         return sum(ref() is not None for ref in seen)
 
     assert await in_flow(body) <= 1
+
+
+async def test_an_ended_run_keeps_no_asyncio_task() -> None:
+    """W2m: who keeps a future keeps the value, not the asyncio task, its context and its coroutine."""
+
+    async def body() -> None:
+        futures = [same.submit(x) for x in range(20)]
+        works = [weakref.ref(future._work) for future in futures]
+        assert await asyncio.gather(*futures) == list(range(20))
+        await asyncio.sleep(0)
+        assert [work() for work in works] == [None] * 20
+        assert all(future.done() and not future.cancel() for future in futures)
+        assert await futures[0].wait() is futures[0].state
+
+    await in_flow(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from onceflow.engine import (
     task,
     unmapped,
 )
+from onceflow.engine._task import Task
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -281,3 +283,51 @@ async def test_giving_up_on_a_map_does_not_end_it() -> None:
         return await futures
 
     assert await in_flow(body) == [(1, "default")]
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+async def test_a_large_map_leaves_the_collector_as_it_was(
+    was_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W10: the cycle collector rests while very many runs are made, and is then as it was, also when that fails."""
+    seen: set[bool] = set()
+    begin = Task.begin
+
+    def watched(self: Any, args: Any, *rest: Any) -> Any:
+        seen.add(gc.isenabled())
+        if args == (1_500,):
+            raise KeyError("in the middle")
+        return begin(self, args, *rest)
+
+    monkeypatch.setattr(Task, "begin", watched)
+
+    async def body() -> None:
+        assert await same.map(range(1_000)) == list(range(1_000))
+        assert gc.isenabled() == was_on
+        with pytest.raises(KeyError, match="in the middle"):
+            same.map(range(2_000))
+        assert gc.isenabled() == was_on
+        assert seen == {False}
+        await same.map(range(10))
+        assert seen == {False, was_on}
+
+    (gc.enable if was_on else gc.disable)()
+    try:
+        await in_flow(body)
+    finally:
+        gc.enable()
+
+
+async def test_a_map_waits_for_any_iterable() -> None:
+    """F9: `wait_for` may be an iterator: every run waits for all of it."""
+    gate = Gate()
+
+    async def body() -> None:
+        first = gate.task.submit()
+        futures = same.map([1, 2, 3], wait_for=iter([first]))
+        await asyncio.sleep(0.01)
+        assert not any(future.done() for future in futures)
+        gate.open.set()
+        assert await futures == [1, 2, 3]
+
+    await in_flow(body)
