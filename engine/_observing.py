@@ -36,9 +36,7 @@ def outcome_of(run: TaskRun | FlowRun) -> Outcome:
     definition = run.task or run.flow
     assert definition is not None
     is_task = run.task is not None
-    return Outcome(
-        definition, definition.name, run.name, run.state.name, run.reason, run.attempt, is_task
-    )
+    return Outcome(definition, definition.name, run.name, run.state.name, run.reason, run.attempt, is_task)
 
 
 class Seen:
