@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ._collector import undisturbed
 from ._futures import (
     Annotation,
     FutureList,
     PendingFutureList,
     RunFuture,
+    TaskFuture,
     all_done,
     allow_failure,
     unmapped,
@@ -101,18 +103,16 @@ def _spread(
     every = [columns[place] if place in columns else repeat(constants[place], count) for place, _ in given]
     rows = zip(*every, strict=True)
     owner, parent = task.owner_for("map")
-    begin, positions = task.begin, len(args)
-    if not kwargs and not wait_for:
-        return FutureList([begin(row, {}, parent, owner) for row in rows])
-    extra = {"wait_for": wait_for} if wait_for else {}
-    return FutureList(
-        [
-            begin(
-                row[:positions], {**dict(zip(kwargs, row[positions:], strict=True)), **extra}, parent, owner
-            )
-            for row in rows
-        ]
-    )
+    extra = {"wait_for": list(wait_for)} if wait_for else {}
+
+    def begin(row: tuple[Any, ...]) -> TaskFuture[R]:
+        named = dict(zip(kwargs, row[len(args) :], strict=True)) | extra
+        return task.begin(row[: len(args)], named, parent, owner)
+
+    with undisturbed(count):
+        if not kwargs and not extra:
+            return FutureList([task.begin(row, {}, parent, owner) for row in rows])
+        return FutureList(map(begin, rows))
 
 
 def _column(value: Any) -> list[Any] | None:
