@@ -84,6 +84,9 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
     """Write the record of a completed run in place of what was seen, or stage it in the open transaction.
 
     What goes wrong is a warning: the task's value is never lost by it. In a transaction it breaks the block.
+
+    Raises:
+        Refused: The key was not `held` any more, or somebody has written there all the same.
     """
     run, definition, place, key = call.run, call.definition, call.place, call.key
     state = run.state
@@ -118,9 +121,8 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
             raise Refused(call.where, "its lease was lost")
         expect = miss.version if held is None else await held.settle(miss.version)
         await records.write(prepared, expect=expect, exclusive=held is not None, replaces=miss.header)
-    except Refused as error:
-        await _yield_to_winner(call, error)
-        return None
+    except Refused:
+        raise
     except Exception as error:  # a storage of the user's own may raise anything
         if txn is not None:
             txn.break_with(CommitError(key.text, str(error), run.name))
@@ -131,19 +133,6 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
     state.location = key.text
     run.engine.explainer.note(call)
     return prepared
-
-
-async def _yield_to_winner(call: Call, error: Refused) -> None:
-    """The key was somebody else's by the time of the commit: theirs is the result, where they have one."""
-    run = call.run
-    assert call.key.text is not None
-    found = await run.engine.records.lookup(call.place, call.key.text)
-    logger.warning(
-        "%s %r - its result is not published: %s. %s", call.definition.kind, run.name, error.reason,
-        "The other holder's result is returned." if isinstance(found, Hit) else "It is returned all the same.",
-    )  # fmt: skip
-    if isinstance(found, Hit):
-        run.state.data = found.value
 
 
 async def _keep_failure(

@@ -84,7 +84,7 @@ class Run(Life):
 
     def begin_waiting(self) -> None:
         """The run waits for another holder of its key."""
-        if self.state.name != "Waiting":
+        if self.state.name != "Waiting" and not self.is_over:  # over, it only waits to publish its result
             self.enter("wait")
 
     @property

@@ -15,7 +15,10 @@ from ._locks import Held, hold
 from ._logging import logger
 from ._lookup import LEAVES_LOOP
 from ._place import Hit, Miss, Prepared
-from ._steps import ANY
+from ._steps import ABSENT, ANY, Refused
+
+RETAKES = 3
+"""How often a run tries to publish a result whose lease was lost."""
 
 
 async def exclusively(call: Call, manager: LockManager) -> None:
@@ -63,27 +66,20 @@ async def _lead(call: Call, manager: LockManager, flight: Flight, patience: Pati
     """
     run = call.run
     found: Hit | Miss | None = None
-    held: Held | Claim | None = None
+    held: Held | Claim | None
     written: Prepared | None = None
     try:
         found = await look_up(call)
-        if isinstance(found, Miss) and _claims_in_record(manager, call):
-            claimed = await claim(call, flight, found, manager.lease_seconds, patience)
-            if isinstance(claimed, Claim):
-                held = claimed
-            else:  # committed by another process in between, or too large to be carried along by a claim
-                found = claimed
-        if held is None and not isinstance(found, Hit):
-            held = await hold(run, flight, manager, patience)
-            found = await look_up(call, exclusive=True)
+        if isinstance(found, Miss):
+            found = await _take(call, manager, flight, found, patience)
         if isinstance(found, Hit):
             serve(run, found)
             return
-        assert found is not None
+        held = flight.held
         await call.attempts(run, call.definition)
-        written = await commit(call, found, held)
+        written = await _publish(call, manager, flight, held, found, patience)
     finally:
-        txn = run.transaction
+        txn, held = run.transaction, flight.held
         if held is not None and written is not None and txn is not None and txn.joins:
             txn.held.append(held)  # until the outcome
             flight.keep(txn, txn.staged(call.where))
@@ -93,6 +89,81 @@ async def _lead(call: Call, manager: LockManager, flight: Flight, patience: Pati
                     await uncancelled(held.release(committed=written is not None))
             finally:
                 run.engine.flights.finish(flight, _for_waiters(call, flight, found, written))
+
+
+async def _take(
+    call: Call, manager: LockManager, flight: Flight, miss: Miss, patience: Patience
+) -> Hit | Miss:
+    """Hold the key, in `flight.held`, unless another process has committed by then; what lies there."""
+    if _claims_in_record(manager, call):
+        claimed = await claim(call, flight, miss, manager.lease_seconds, patience)
+        if isinstance(claimed, Claim):
+            return miss
+        if claimed is not None:
+            return claimed
+        # Too large a record to be carried along by a claim.
+    await hold(call.run, flight, manager, patience)
+    return await look_up(call, exclusive=True)
+
+
+async def _publish(
+    call: Call,
+    manager: LockManager,
+    flight: Flight,
+    held: Held | Claim | None,
+    miss: Miss,
+    patience: Patience,
+) -> Prepared | None:
+    """Commit, or take over what somebody else has committed; None where nothing of this run is published.
+
+    A holder that slept past its lease is refused. It asks for the key again, behind those who have taken it, and
+    what it finds then is its result as well as everybody's; where nobody has committed, its own value is published
+    under the new lease. So all callers are given the one result that is published, and nothing runs twice for it.
+    """
+    for _ in range(RETAKES):
+        try:
+            return await commit(call, miss, held)
+        except Refused as error:
+            reason = error.reason
+        found = await _take_again(call, manager, flight, held, miss, patience)
+        if isinstance(found, Hit):
+            _not_published(call, reason, "The other holder's result is returned.")
+            call.run.state.data = found.value
+            return None
+        if found is None:
+            break
+        miss, held = found, flight.held
+    _not_published(call, reason, "It is returned all the same.")
+    return None
+
+
+async def _take_again(
+    call: Call,
+    manager: LockManager,
+    flight: Flight,
+    held: Held | Claim | None,
+    miss: Miss,
+    patience: Patience,
+) -> Hit | Miss | None:
+    """What another holder has committed, or the miss under which to try again; None where that makes no sense."""
+    flight.held = None
+    if held is not None:
+        await uncancelled(held.release())
+    found = await call.run.engine.records.lookup(call.place, call.where[1])
+    if isinstance(found, Hit):
+        return found if not call.refresh else None
+    if found.version == ABSENT and (isinstance(held, Claim) or miss.version not in (ABSENT, ANY)):
+        return None  # invalidated since: what was computed before must not come back
+    try:
+        return await _take(call, manager, flight, Miss(found.reason, found.header), patience)
+    except Exception as error:  # the value is there, and must not be lost for want of a lock
+        logger.warning("%s %r - the key could not be had again: %s", call.run.kind, call.run.name, error)
+        return None
+
+
+def _not_published(call: Call, reason: str, instead: str) -> None:
+    run = call.run
+    logger.warning("%s %r - its result is not published: %s. %s", run.kind, run.name, reason, instead)
 
 
 def _for_waiters(

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..locking import LockTimeoutError
 from ._context import Run
@@ -22,6 +22,8 @@ from ._errors import ConfigurationError, DeadlockError, EngineClosedError
 from ._steps import Where
 
 if TYPE_CHECKING:
+    from ._claims import Claim
+    from ._locks import Held
     from ._transaction import transaction
 
 
@@ -49,12 +51,6 @@ class Inside(NamedTuple):
     flight: Flight
 
 
-class Holding(Protocol):
-    """What a flight's leader has taken for it, outside of this process."""
-
-    def release(self, *, committed: bool = False) -> Awaitable[None]: ...
-
-
 class Flight:
     """One key that somebody leads. `leader` is a run, or the transaction that keeps the key until its outcome."""
 
@@ -63,7 +59,8 @@ class Flight:
     def __init__(self, where: Where, leader: Any) -> None:
         self.where = where
         self.leader = leader
-        self.held: Holding | None = None
+        self.held: Held | Claim | None = None
+        """What the leader has taken for it, outside of this process."""
         # In order of arrival; an OrderedDict, because a cancelled waiter leaves from the middle.
         self.waiters: OrderedDict[asyncio.Future[Any], Run | transaction] = OrderedDict()
 
@@ -202,7 +199,7 @@ class Room:
         if self._flights.get(flight.where) is flight:
             del self._flights[flight.where]
 
-    def held_above(self, flight: Flight, node: Run | transaction) -> list[Holding]:
+    def held_above(self, flight: Flight, node: Run | transaction) -> list[Held | Claim]:
         """What callers of a run, or transactions around it, hold under the same key of other storages."""
         above = _above(node)
         return [
