@@ -6,7 +6,8 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -342,6 +343,16 @@ class Engine(Embedding):
         from anyio.to_thread import run_sync
 
         return await run_sync(functools.partial(fn, *args), abandon_on_cancel=True, limiter=self._limiter)
+
+    @contextmanager
+    def one_more_thread(self) -> Iterator[None]:
+        """A worker thread waits here for a run: let that have one in its place, or both might wait for ever."""
+        limiter = self._limiter
+        limiter.total_tokens += 1
+        try:
+            yield
+        finally:
+            limiter.total_tokens -= 1
 
     _limiter: anyio.CapacityLimiter
 

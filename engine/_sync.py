@@ -22,11 +22,20 @@ R = TypeVar("R")
 class Calls:
     """What one attempt of a synchronous body has under way on the loop."""
 
-    __slots__ = ("futures", "is_over")
+    __slots__ = ("futures", "is_over", "is_running")
 
     def __init__(self) -> None:
         self.futures: set[Future[Any]] = set()
+        self.is_running = False
         self.is_over = False
+
+    def run(self, fn: Callable[..., R], args: tuple[Any, ...]) -> R:
+        """In the thread."""
+        self.is_running = True
+        try:
+            return fn(*args)
+        finally:
+            self.is_running = False
 
     def end(self) -> None:
         """The attempt is over. If its thread was abandoned, cancel what it waits for, and refuse more."""
@@ -39,13 +48,21 @@ _calls: ContextVar[Calls | None] = ContextVar("onceflow_calls", default=None)
 
 
 async def in_thread(engine: Engine, fn: Callable[..., R], *args: Any) -> R:
-    """Run a synchronous body in a thread of the engine. Cancelled, it abandons the thread, and ends its calls."""
+    """Run a synchronous body in a thread of the engine.
+
+    Cancelled, it abandons the thread and says so, ends the thread's calls, and goes on at once.
+    """
     calls = Calls()
     token = _calls.set(calls)
     try:
-        return await engine.in_thread(fn, *args)
+        return await engine.in_thread(calls.run, fn, args)
     finally:
         calls.end()
+        if calls.is_running and (run := current_run.get()) is not None:
+            _logging.logger.warning(
+                "%s %r - its synchronous body goes on in its thread, which nothing can stop, and what it returns "
+                "is dropped", run.kind, run.name,
+            )  # fmt: skip
         _calls.reset(token)
 
 
@@ -92,7 +109,7 @@ def _on_loop_of(engine: Engine, name: str, main: Callable[[], Coroutine[Any, Any
             f"{name}() was called in a thread whose run has ended, so nothing would own it.",
             "Nothing can stop a thread: in long synchronous bodies look at get_run_context().end_time.",
         )
-    future = asyncio.run_coroutine_threadsafe(main(), loop)
+    future = asyncio.run_coroutine_threadsafe(_in_place_of(engine, main), loop)
     calls.futures.add(future)
     if calls.is_over:  # since we looked
         future.cancel()
@@ -100,3 +117,11 @@ def _on_loop_of(engine: Engine, name: str, main: Callable[[], Coroutine[Any, Any
         return future.result()
     finally:
         calls.futures.discard(future)
+
+
+async def _in_place_of(engine: Engine, main: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """While a thread of the engine waits for the loop another one may run: what it waits for may need one."""
+    if _calls.get() is None:
+        return await main()  # a thread of the user's own
+    with engine.one_more_thread():
+        return await main()

@@ -169,25 +169,45 @@ async def test_run_in_a_sync_body_uses_the_parents_loop() -> None:
     assert await body() is loop
 
 
-@pytest.mark.usefixtures("engine")
 async def test_sync_tasks_nest_deeper_than_there_are_threads(tmp_path: Path) -> None:
-    """run() in a sync body of a sync body … takes a thread each; when they are used up the rest wait, and end."""
+    """A sync body that waits in run() for another sync body lets it have a thread, so two threads do for any depth."""
 
     @task
-    def leaf(x: int) -> int:
-        return x
+    def nested(depth: int) -> int:
+        return nested.run(depth - 1) + 1 if depth else 0
 
-    @task
-    def outer(x: int) -> int:
-        return leaf.run(x)
+    @flow
+    async def main() -> list[int]:
+        return await nested.map([5] * 8)
 
-    async with Engine(storage=tmp_path, worker_threads=4):
+    async with Engine(storage=tmp_path, worker_threads=2) as engine, asyncio.timeout(20):
+        assert await main() == [5] * 8
+        assert engine._limiter.total_tokens == 2
 
-        @flow
-        async def main() -> int:
-            return sum(await outer.map(range(3)))
 
-        assert await main() == 3
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("how", ["timeout", "cancel"])
+async def test_an_abandoned_body_is_reported(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A body that goes on in its thread after its run has ended is told of, once, by name; one that ended is not."""
+    begun, gate = threading.Event(), threading.Event()
+
+    @task(timeout_seconds=0.2 if how == "timeout" else None)
+    def work() -> None:
+        begun.set()
+        gate.wait(10)
+
+    running = asyncio.ensure_future(work.run_to_state())
+    await until(begun.is_set)
+    if how == "cancel":
+        running.cancel()
+    await asyncio.wait([running])
+    gate.set()
+    await work()
+    told = [
+        record.getMessage() for record in caplog.records if "goes on in its thread" in record.getMessage()
+    ]
+    assert len(told) == 1
+    assert "Task run 'work-" in told[0]
 
 
 @pytest.mark.usefixtures("engine")
