@@ -11,7 +11,8 @@ from ._errors import (
     UnfinishedRunError, UpstreamFailedError,
 )  # fmt: skip
 from ._flow import flow
-from ._futures import FlowFuture, TaskFuture, allow_failure, as_completed, quote, unmapped, wait
+from ._awaiting import as_completed, wait
+from ._futures import FlowFuture, TaskFuture, allow_failure, quote, unmapped
 from ._logging import get_run_logger
 from ._policies import (
     DEFAULT, FLOW_PARAMETERS, INPUTS, NONE, RUN_ID, TASK_SOURCE, CachePolicy, IsolationLevel,

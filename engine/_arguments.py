@@ -8,7 +8,9 @@ from dataclasses import fields, is_dataclass
 from types import CodeType, FunctionType, ModuleType, NoneType
 from typing import TYPE_CHECKING, Any
 
-from ._futures import Annotation, FutureList, RunFuture, all_done, allow_failure, unmapped
+from ._awaiting import all_done
+from ._future_lists import FutureList
+from ._futures import Annotation, RunFuture, allow_failure, unmapped
 from ._states import COMPLETED
 
 if TYPE_CHECKING:

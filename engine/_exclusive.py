@@ -120,6 +120,7 @@ async def _publish(
     what it finds then is its result as well as everybody's; where nobody has committed, its own value is published
     under the new lease. So all callers are given the one result that is published, and nothing runs twice for it.
     """
+    reason = ""
     for _ in range(RETAKES):
         try:
             return await commit(call, miss, held)

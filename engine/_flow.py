@@ -13,7 +13,8 @@ from ._arguments import Marked
 from ._context import FlowRun, TaskRun, current_run, current_tags, current_transaction
 from ._definition import Definition, F, check_no_wait_for
 from ._engine import Engine, ambient, ambient_now, current_engine
-from ._futures import FlowFuture, FutureList, RunFuture
+from ._future_lists import FutureList
+from ._futures import FlowFuture, RunFuture
 from ._generators import parent_for
 from ._observing import observers
 from ._options import FlowOptions

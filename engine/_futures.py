@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -117,7 +115,7 @@ class RunFuture(Generic[R]):
 
         Never raises for a failed run, and never ends it.
         """
-        _check_timeout(timeout)
+        check_timeout(timeout)
         if not self._work.done():
             waiting = begin_waiting((self,), for_good=timeout is None)
             try:
@@ -219,200 +217,6 @@ class FlowFuture(RunFuture[R]):
         self.tell()
 
 
-class FutureList(list["TaskFuture[R]"]):
-    """The futures of `map`, in input order. Await it for the list of values; the first failure is raised at once.
-
-    As an argument of a task it stands for that list of values.
-    """
-
-    def __await__(self) -> Generator[Any, None, list[R]]:
-        return self.result().__await__()
-
-    _filling: RunFuture[None] | None = None
-
-    def is_filled(self) -> bool:
-        """Whether the futures exist."""
-        return True
-
-    async def wait(self, timeout: float | None = None) -> list[State[R]]:
-        """Wait for all, `timeout` seconds at most, and return the states then."""
-        await wait(self, timeout)
-        return [future.state for future in self]
-
-    async def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> list[R]:
-        """The values in input order; `raise_on_failure=False` returns exceptions in their places.
-
-        Raises:
-            TimeoutError: Some have not ended by then; they go on.
-        """
-        _check_timeout(timeout)
-        try:
-            async with asyncio.timeout(timeout):
-                await all_done(self, stop_on_failure=raise_on_failure)
-        except TimeoutError:
-            left = sum(not future.done() for future in self)
-            raise TimeoutError(
-                f"{left} of {len(self)} runs have not ended within {timeout:g} s; they go on."
-            ) from None
-        for future in self:
-            future._observed = True
-        if raise_on_failure:
-            for future in self:
-                if future._work.done() and (state := future.state).type is not COMPLETED:
-                    raise state.error()
-        return [future.state.result(raise_on_failure=False) for future in self]
-
-
-class PendingFutureList(FutureList[R]):
-    """The futures of a `map` over a future that was not done yet: there are none before it is awaited."""
-
-    _filling: RunFuture[None]
-
-    def __init__(self, filling: RunFuture[None]) -> None:
-        super().__init__()
-        self._filling = filling  # pyright: ignore[reportIncompatibleVariableOverride]  #  always set
-
-    async def wait(self, timeout: float | None = None) -> list[State[R]]:
-        left = await self._fill(timeout)
-        return await super().wait(left)
-
-    async def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> list[R]:
-        left = await self._fill(timeout)
-        return await super().result(left, raise_on_failure)
-
-    async def _fill(self, timeout: float | None) -> float | None:
-        """Wait until the futures exist, and say how much of the time is left."""
-        began = time.monotonic()
-        await self._filling.result(timeout)
-        return None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
-
-    def is_filled(self) -> bool:
-        return self._filling.run.state.type is COMPLETED
-
-    def _check_filled(self) -> None:
-        if not self._filling.done():
-            raise RuntimeError(
-                "This map waits for a future among its arguments, so its own futures do not exist yet. "
-                "Await the list first, or map over `await future`."
-            )
-        self._filling.state.result()  # raises what kept the futures from coming into being
-
-    def __iter__(self) -> Iterator[TaskFuture[R]]:
-        self._check_filled()
-        return super().__iter__()
-
-    def __len__(self) -> int:
-        self._check_filled()
-        return super().__len__()
-
-    def __getitem__(self, index: Any) -> Any:
-        self._check_filled()
-        return super().__getitem__(index)
-
-
-def _check_timeout(timeout: float | None) -> None:
+def check_timeout(timeout: float | None) -> None:
     if timeout is not None and timeout < 0:
         raise ValueError(f"timeout must not be negative, got {timeout}.")
-
-
-MANY = 16
-"""From how many futures on it pays to give them a turn of the loop before anything else."""
-
-
-async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> None:
-    """Return when all are done, or one has failed: one callback a future and one waiter for all."""
-    futures = list(futures)
-    if len(futures) > MANY:
-        await asyncio.sleep(0)  # those that end in their first step, mostly all, need no callback then
-    pending = {future._work: future for future in futures if not future._work.done()}
-    if not pending or (stop_on_failure and any(_has_failed(f) for f in futures if f._work not in pending)):
-        return
-    waiting = begin_waiting(pending.values())
-    waiter = asyncio.get_running_loop().create_future()
-
-    def ended(work: asyncio.Task[None]) -> None:
-        future = pending.pop(work)  # lets the asyncio task go
-        if not waiter.done() and (not pending or (stop_on_failure and _has_failed(future))):
-            waiter.set_result(None)
-
-    for work in pending:
-        work.add_done_callback(ended)
-    try:
-        await waiter
-    finally:
-        if waiting is not None:
-            waiting.end()
-        for work in pending:
-            work.remove_done_callback(ended)
-
-
-def _has_failed(future: RunFuture[Any]) -> bool:
-    future._settle()
-    return future.run.state.type is not COMPLETED
-
-
-async def wait(
-    futures: Iterable[RunFuture[R]], timeout: float | None = None
-) -> tuple[set[RunFuture[R]], set[RunFuture[R]]]:
-    """Wait for all futures, `timeout` seconds at most: `(done, not_done)`. Never raises for a failed run."""
-    _check_timeout(timeout)
-    futures = list(futures)
-    works = {future._work for future in futures if not future._work.done()}
-    waiting = begin_waiting(futures, for_good=timeout is None)
-    try:
-        if works:
-            await asyncio.wait(works, timeout=timeout)
-    finally:
-        if waiting is not None:
-            waiting.end()
-    done = {future for future in futures if future._work.done()}
-    for future in done:
-        future._settle()
-    return done, set(futures) - done
-
-
-async def as_completed(
-    futures: Iterable[RunFuture[R]], timeout: float | None = None
-) -> AsyncIterator[RunFuture[R]]:
-    """Yield each future when its run ends, the first to finish first.
-
-    Raises:
-        TimeoutError: After `timeout` seconds in all, saying how many are unfinished. With a timeout of zero
-            those that are already done are still yielded.
-    """
-    _check_timeout(timeout)
-    futures = list(dict.fromkeys(futures))
-    loop = asyncio.get_running_loop()
-    finished: deque[RunFuture[R]] = deque(future for future in futures if future._work.done())
-    pending = {future._work: future for future in futures if not future._work.done()}
-    deadline = None if timeout is None else loop.time() + timeout
-    waiter: asyncio.Future[None] | None = None
-
-    def ended(work: asyncio.Task[None]) -> None:
-        finished.append(pending.pop(work))
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    for work in list(pending):
-        work.add_done_callback(ended)
-    try:
-        while finished or pending:
-            while finished:
-                yield finished.popleft()
-            if pending:
-                waiter = loop.create_future()
-                left = None if deadline is None else max(0.0, deadline - loop.time())
-                waiting = begin_waiting([*pending.values()], for_good=left is None)
-                try:
-                    await asyncio.wait([waiter], timeout=left)
-                finally:
-                    if waiting is not None:
-                        waiting.end()
-                if not waiter.done():
-                    waiter.cancel()
-                    raise TimeoutError(
-                        f"{len(pending)} of {len(futures)} futures are unfinished after {timeout:g} s."
-                    )
-    finally:
-        for work in pending:
-            work.remove_done_callback(ended)

@@ -7,17 +7,10 @@ from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ._awaiting import all_done
 from ._collector import undisturbed
-from ._futures import (
-    Annotation,
-    FutureList,
-    PendingFutureList,
-    RunFuture,
-    TaskFuture,
-    all_done,
-    allow_failure,
-    unmapped,
-)
+from ._future_lists import FutureList, PendingFutureList
+from ._futures import Annotation, RunFuture, TaskFuture, allow_failure, unmapped
 from ._kernel import Life
 from ._states import COMPLETED, State
 

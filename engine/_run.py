@@ -16,12 +16,13 @@ from . import _caching
 from ._arguments import LEAVES, Marked, NotReady
 from ._commit import uncancelled
 from ._context import FlowRun, Run, TaskRun, current_run, current_transaction
+from ._ending import call_hooks, end, end_shielded
 from ._errors import RunTimeoutError, UpstreamFailedError
 from ._futures import ENDED
 from ._kernel import Do
 from ._logging import INFO, logger
 from ._prints import logged
-from ._states import CANCELLED, COMPLETED, CRASHED, FAILED, State
+from ._states import CANCELLED, COMPLETED, State
 from ._transaction import enclosing, transaction
 from ._watchdog import carriers
 
@@ -107,7 +108,7 @@ async def _interrupted(
         else:
             run.enter("crash", error, f"{type(error).__name__}: {error}")
     if not isinstance(error, GeneratorExit):  # the coroutine was dropped, and may not await any more
-        await _end_shielded(run, definition)
+        await end_shielded(run, definition)
 
 
 def _sign_off(future: RunFuture[Any]) -> None:
@@ -339,67 +340,3 @@ async def _condition(run: TaskRun | FlowRun, definition: Definition[..., Any]) -
     except Exception:
         logger.exception("%s %r - the retry condition raised; not trying again", definition.kind, run.name)
         return False
-
-
-async def end(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
-    """Log the final state and call its hooks."""
-    state = run.state
-    if logger.isEnabledFor(INFO):
-        reason = f"; {run.reason}" if run.reason else ""
-        logger.info("%s %r - Finished in state %r%s", definition.kind, run.name, state, reason)
-    event = _EVENTS.get(state.type)
-    if event is not None and event in definition.hooks:
-        token = current_run.set(run)
-        try:
-            await call_hooks(run, definition, event)
-        finally:
-            current_run.reset(token)
-
-
-async def _end_shielded(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
-    """As `end`, for a run that is on its way out: no cancellation breaks it off, and no hook holds it up for long."""
-    event = _EVENTS.get(run.state.type)
-    if event is None or event not in definition.hooks:
-        await end(run, definition)  # has nothing to wait for
-        return
-    try:
-        await uncancelled(asyncio.wait_for(end(run, definition), HOOK_SECONDS))
-    except TimeoutError:
-        logger.warning(
-            "%s %r - its %s hooks were broken off after %.3g s",
-            definition.kind,
-            run.name,
-            event,
-            HOOK_SECONDS,
-        )
-
-
-HOOK_SECONDS = 10.0
-"""How long the hooks of a cancelled or crashed run may take, all together."""
-_EVENTS = {
-    COMPLETED: "on_completion",
-    FAILED: "on_failure",
-    CANCELLED: "on_cancellation",
-    CRASHED: "on_crashed",
-}
-
-
-async def call_hooks(run: TaskRun | FlowRun, definition: Definition[..., Any], event: str) -> None:
-    """Call the hooks of a state, in order; one that raises is logged, and changes nothing."""
-    for hook in definition.hooks[event]:
-        name = getattr(hook, "__name__", repr(hook))
-        state = run.state.name
-        logger.info(
-            "%s %r - Running hook %r in response to entering state %r", definition.kind, run.name, name, state
-        )
-        try:
-            outcome = hook(definition, run, run.state)
-            if inspect.isawaitable(outcome):
-                await outcome
-        except Exception:
-            logger.exception("%s %r - Hook %r raised", definition.kind, run.name, name)
-        else:
-            logger.info("%s %r - Hook %r finished successfully", definition.kind, run.name, name)
-
-
-__all__ = ["Run", "attempts", "call_hooks", "perform"]

@@ -25,7 +25,8 @@ from ._definition import Definition, check_no_wait_for
 from ._engine import ambient, ambient_now, current_engine
 from ._errors import ConfigurationError, NoActiveRunError
 from ._explain import Explanation
-from ._futures import FutureList, TaskFuture
+from ._future_lists import FutureList
+from ._futures import TaskFuture
 from ._generators import RunStream, parent_for, stream_body
 from ._limits import Gate, check_size, parse_rate
 from ._mapping import spread

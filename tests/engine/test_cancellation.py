@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from onceflow.engine import INPUTS, Engine, Settings, State, StateType, flow, tags, task, transaction
-from onceflow.engine import _run as run_module
+from onceflow.engine import _ending as ending
 from onceflow.engine._observing import Seen
 from onceflow.locking import Lease, MemoryLockManager
 from onceflow.storage import MemoryStorage
@@ -540,7 +540,7 @@ async def test_hooks_of_a_cancelled_flow_are_bounded(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A hook that never returns is broken off, with a warning, and the cancellation goes on."""
-    monkeypatch.setattr(run_module, "HOOK_SECONDS", 0.05)
+    monkeypatch.setattr(ending, "HOOK_SECONDS", 0.05)
     entered = asyncio.Event()
 
     @flow(on_cancellation=[lambda *_: asyncio.Event().wait()])
