@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from ..storage import ObjectNotFoundError, Storage, storage_from_url
+from ..storage._data import new_buffer
 from ..storage._envelope import Header, check_payload, header_size, split, unpack_header
 from ..storage._errors import (
     ConditionFailedError,
@@ -227,7 +228,7 @@ class Lookup(Failures):
             stored = await storage.fetch(header.key, start, end, if_version=first.version)
             assert stored is not None
             return bytes(stored.data)  # no copy where it is bytes already
-        segment = bytearray(end - start)
+        segment = new_buffer(end - start)
         await storage.fetch(header.key, start, end, if_version=first.version, into=segment)
         return segment
 

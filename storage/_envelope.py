@@ -16,7 +16,7 @@ The header holds the payload's sizes and digest (see `_digest`), so the tag cove
 it is verified before anything is decoded. With several segments, the payload and each of its segments begin
 at a multiple of 64 bytes, so that arrays read or mapped in place are aligned; the gaps are zeros.
 
-Header fields in order: key, created, expires_at, serializer, segments (sizes), sha256, run_id, task,
+Header fields in order: key, created, expires_at, serializer, segments (sizes), digest, run_id, task,
 components, token, nonce, location, kind, extra, frozen, pad. A later minor writer may append fields: they
 are carried along in `Header.unknown`. What an old reader must not overlook gets a new format version.
 """
@@ -34,7 +34,7 @@ from typing import Any, cast
 
 import msgpack
 
-from ._digest import PIECE, PayloadDigest, small_digest
+from ._digest import payload_digest
 from ._errors import CorruptRecordError, NewerRecordError, SerializationError, SignatureError
 from ._storage import Buffer
 
@@ -54,7 +54,7 @@ _NO_KEY = bytes(8)
 class Header:
     """What a record says of itself, readable without its payload.
 
-    `pack` fills in `segments`, `sha256`, `nonce`, `frozen` and `signed`; `unpack_header` returns them as they
+    `pack` fills in `segments`, `digest`, `nonce`, `frozen` and `signed`; `unpack_header` returns them as they
     were packed.
 
     Attributes:
@@ -63,7 +63,7 @@ class Header:
         expires_at: Unix time from which on the record is a miss; None for never.
         serializer: The concrete serializer of the payload, such as `msgpack`.
         segments: Sizes of the payload's segments in bytes; the first is the tree, the others raw buffers.
-        sha256: The payload's digest, see `_digest`.
+        digest: The payload's digest, see `_digest`.
         run_id: The run that wrote the record.
         task: The task whose result it is.
         components: Digests of the key's labelled components, for `explain`.
@@ -72,8 +72,8 @@ class Header:
         location: Where the value lies, if not in this object.
         kind: `record`, or what a protocol calls its own objects: claim, intent, marker, failure, free.
         extra: Plain values of such a protocol; at most some KiB.
-        frozen: Which segments came from `bytes`. A reader that reads those as `bytes` and all others into
-            a `bytearray` spares the serializer every copy.
+        frozen: Which segments came from `bytes`. A reader that reads those as `bytes` and all others into a
+            writable buffer spares the serializer every copy.
         signed: Whether the record is signed (and, after unpacking, that the signature holds).
         unknown: Fields of a newer writer, kept for packing again.
     """
@@ -83,7 +83,7 @@ class Header:
     expires_at: float | None = None
     serializer: str = ""
     segments: tuple[int, ...] = ()
-    sha256: bytes = b""
+    digest: bytes = b""
     run_id: str = ""
     task: str = ""
     components: dict[str, str] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def pack(header: Header, segments: Sequence[Buffer], *, signing_keys: Sequence[b
     """The buffers of one record: fixed part with header first, then the segments themselves, uncopied.
 
     Fills in what only the packing knows (see `Header`). Digests the payload on the calling thread (4 µs in
-    all for 100 bytes, 0.3-1 ms a MiB): large payloads belong in a worker thread.
+    all for 100 bytes, 0.1-1 ms a MiB): large payloads belong in a worker thread.
 
     Args:
         header: Changed in place.
@@ -121,15 +121,11 @@ def pack(header: Header, segments: Sequence[Buffer], *, signing_keys: Sequence[b
         SerializationError: `header.extra` or `components` hold something that is no plain value.
     """
     views = [_flat(segment) for segment in segments]
-    header.segments = sizes = tuple(map(len, views))
+    header.segments = tuple(map(len, views))
     header.frozen = tuple([index for index, view in enumerate(views) if index and type(view) is bytes])
     header.signed = bool(signing_keys)
     header.nonce = os.urandom(12).hex()
-    header.sha256 = (
-        small_digest(views)
-        if sum(sizes) <= PIECE
-        else PayloadDigest(views, _ends(sizes), signed=header.signed).finish()
-    )
+    header.digest = payload_digest(views, signed=header.signed)
     body = _pack_fields(header, align=len(views) > 1)
     if len(body) > MAX_HEADER_SIZE:
         raise SerializationError("record header", f"its {len(body)} bytes are more than {MAX_HEADER_SIZE}")
@@ -217,24 +213,15 @@ def split(header: Header, payload: Buffer) -> list[memoryview]:
 def check_payload(header: Header, segments: Sequence[Buffer]) -> None:
     """Return if the segments are those that were packed.
 
-    On the calling thread and, from 8 MiB on, on up to three more: 1 µs for 100 bytes, see `_digest` for more.
+    Digests them, on the calling thread; see `_digest` for its cost.
 
     Raises:
         CorruptRecordError: A size or the digest differs.
     """
     if tuple(map(len, segments)) != header.segments:
         raise CorruptRecordError("the sizes of its payload's segments differ from its header")
-    if sum(header.segments) <= PIECE:  # noqa: SIM108 - two ways, one a line
-        digest = small_digest(segments)
-    else:
-        digest = payload_digest(header, segments).finish()
-    if digest != header.sha256:
+    if payload_digest(segments, signed=header.signed) != header.digest:
         raise CorruptRecordError("its payload does not match its checksum")
-
-
-def payload_digest(header: Header, segments: Sequence[Buffer]) -> PayloadDigest:
-    """A digest to compare with `header.sha256` that can follow the reading, see `PayloadDigest.advance`."""
-    return PayloadDigest(segments, _ends(header.segments), signed=header.signed)
 
 
 def _flat(segment: Buffer) -> Buffer:
@@ -283,7 +270,7 @@ def _pack_fields(header: Header, *, align: bool) -> bytes:
         header.expires_at,
         header.serializer,
         header.segments,
-        header.sha256,
+        header.digest,
         header.run_id,
         header.task,
         header.components,

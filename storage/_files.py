@@ -10,17 +10,16 @@ import errno
 import os
 import stat
 import sys
-from mmap import mmap
 from typing import Any
 
-from ._data import clip
+from ._data import clip, new_buffer
 from ._storage import Buffer, Stored
 
 INLINE = 256 * 1024
 """Bytes up to which a read may happen on the event loop: copying them takes about 20 µs."""
 
 _PIECE = 16 * 1024 * 1024
-_WHOLE = 64 * 1024 * 1024  # bytes that one system call may bring, while nobody else can use the thread
+_WHOLE = 1 << 30  # bytes that one system call may bring, while nobody else can use the thread
 
 # A symbolic link must not lead outside, and a pipe must not hold its opener up.
 _READ = (
@@ -120,10 +119,11 @@ def _read_now(fd: int, target: memoryview | None, start: int, length: int) -> Bu
 
 def _load(fd: int, start: int, length: int) -> Buffer:
     """Bytes as the kernel gives them: neither zeroed first, which holds the interpreter, nor copied after."""
-    if length > _WHOLE:
-        return _fill(fd, memoryview(mmap(-1, length)), start)
-    data = os.pread(fd, length, start)
-    return data if len(data) == length else _fill(fd, memoryview(bytearray(length)), start)
+    if length <= _WHOLE:
+        data = os.pread(fd, length, start)
+        if len(data) == length:
+            return data
+    return _fill(fd, new_buffer(length), start)
 
 
 def _fill(fd: int, view: memoryview, start: int) -> memoryview:

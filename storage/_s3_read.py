@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 from collections import deque
 from typing import Any
 
+from ._data import new_buffer
 from ._errors import ObjectNotFoundError, StorageUnavailableError, VersionMismatchError
 from ._s3_bucket import Bucket, Deadline
 from ._s3_errors import Missing, OutOfRange, Unknown, Unmodified
@@ -119,7 +119,7 @@ class Read:
             if len(data) != length:
                 raise Unknown(f"{len(data)} bytes instead of {length}")
             return data
-        buffer = _new_buffer(length) if self._into is None else self._into[:length]
+        buffer = new_buffer(length) if self._into is None else self._into[:length]
         if length <= self._part_size:
             await _fill(buffer, body, deadline, timer)
         else:
@@ -232,11 +232,6 @@ class _Parts:
                     start, end = self._todo.pop()
                     await self._read.part(start, self._buffer[start:end], self._version)
         self._waiting.discard(task)
-
-
-def _new_buffer(length: int) -> memoryview:
-    # A bytearray of this size would be filled with zeros first, on the loop; a mapping is zero when touched.
-    return memoryview(mmap.mmap(-1, length))
 
 
 async def _fill_exactly(target: memoryview, body: Any, deadline: Deadline, timer: asyncio.Timeout) -> None:
