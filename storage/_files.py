@@ -12,7 +12,7 @@ import stat
 import sys
 from typing import Any
 
-from ._data import clip, new_buffer
+from ._data import clip, new_bytes
 from ._storage import Buffer, Stored
 
 INLINE = 256 * 1024
@@ -123,7 +123,9 @@ def _load(fd: int, start: int, length: int) -> Buffer:
         data = os.pread(fd, length, start)
         if len(data) == length:
             return data
-    return _fill(fd, new_buffer(length), start)
+    room = new_bytes(length)
+    _fill(fd, room.getbuffer(), start)
+    return room.getvalue()
 
 
 def _fill(fd: int, view: memoryview, start: int) -> memoryview:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from typing import Any
 
-from ._data import new_buffer
+from ._data import new_bytes
 from ._errors import ObjectNotFoundError, StorageUnavailableError, VersionMismatchError
 from ._s3_bucket import Bucket, Deadline
 from ._s3_errors import Missing, OutOfRange, Unknown, Unmodified
@@ -114,18 +114,26 @@ class Read:
     async def _receive(
         self, body: Any, length: int, version: Version, deadline: Deadline, timer: asyncio.Timeout
     ) -> Buffer:
-        if length <= _SMALL and self._into is None:
-            data: bytes = await body.read()
-            if len(data) != length:
-                raise Unknown(f"{len(data)} bytes instead of {length}")
-            return data
-        buffer = new_buffer(length) if self._into is None else self._into[:length]
-        if length <= self._part_size:
+        if self._into is not None:
+            await self._pour(body, self._into[:length], version, deadline, timer)
+            return self._into[:length]
+        if length > _SMALL:
+            room = new_bytes(length)
+            await self._pour(body, room.getbuffer(), version, deadline, timer)
+            return room.getvalue()
+        data: bytes = await body.read()
+        if len(data) != length:
+            raise Unknown(f"{len(data)} bytes instead of {length}")
+        return data
+
+    async def _pour(
+        self, body: Any, buffer: memoryview, version: Version, deadline: Deadline, timer: asyncio.Timeout
+    ) -> None:
+        if len(buffer) <= self._part_size:
             await _fill(buffer, body, deadline, timer)
         else:
             timer.reschedule(None)  # from here on each part has a time of its own
             await _Parts(self._bucket, self, buffer, version).run(body)
-        return buffer
 
     async def part(self, start: int, target: memoryview, version: Version) -> None:
         """Fill `target` with the bytes from `start` of what is read. The caller holds a connection slot."""
