@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator
+from functools import cached_property
 from typing import Any, NamedTuple
 from urllib.parse import quote
 from weakref import WeakValueDictionary
@@ -54,8 +55,8 @@ class MemoryStorage(Storage):
                 _kept[self.name] = self._store
         self._closed = False
 
-    @property
-    def url(self) -> str:
+    @cached_property
+    def url(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]  # it never changes
         """`memory://` and the name."""
         return f"memory://{quote(self.name, safe='')}"
 
