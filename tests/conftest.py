@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
+_numbers = itertools.count()
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home folder of the test's own: nothing is written to the developer's."""
-    home = tmp_path_factory.mktemp("home")
+    # Not by mktemp, which looks at all folders made so far for the next free number: 3 ms a test.
+    home = tmp_path_factory.getbasetemp() / "homes" / str(next(_numbers))
+    home.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     return home
 
