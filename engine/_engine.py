@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from ..locking import LockManager, lock_manager_from_url
-from ..storage import LocalStorage, Storage, storage_from_url
-from ..storage._serializers import Serializer, serializer_by_name
+from ..storage import Storage
 from . import _logging
 from ._draining import Failures, drain
 from ._embedding import Embedding
@@ -23,9 +22,9 @@ from ._errors import ConfigurationError, EngineClosedError
 from ._explain import Explainer
 from ._flights import Room
 from ._limits import Limits
-from ._place import Place, storage_key
 from ._records import Records
 from ._settings import Settings, stamp
+from ._stores import SerializerLike, StorageLike, Stores
 from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -33,18 +32,15 @@ if TYPE_CHECKING:
 
     from ._context import FlowRun, TaskRun
     from ._futures import RunFuture
-    from ._policies import CachePolicy
 
 T = TypeVar("T")
-StorageLike = Storage | str | os.PathLike[str]
-SerializerLike = Serializer | str
 
 current_engine: ContextVar[Engine | None] = ContextVar("onceflow_engine", default=None)
 _outer_engines: ContextVar[tuple[Engine | None, ...]] = ContextVar("onceflow_outer_engines", default=())
 """Those that were entered before it, from the outside in."""
 
 
-class Engine(Embedding):
+class Engine(Embedding, Stores):
     """What runs share: where records lie, who locks, which threads synchronous bodies get.
 
     Making one opens nothing. `async with engine:` opens it, makes it the engine of every run that starts
@@ -97,9 +93,7 @@ class Engine(Embedding):
         self._is_open = False
         self._stamp: dict[Any, Any] | None = None
         self._said: Any = None
-        self._own: dict[str, Storage] = {}
-        self._serializers: dict[str, Serializer] = {}
-        self._met: dict[str, Storage] = {}
+        Stores.__init__(self)
         self.flights = Room()
         self.limits = Limits(None)
         self.explainer = Explainer()
@@ -165,7 +159,9 @@ class Engine(Embedding):
             self.grace = self.settings.grace if grace is None else grace
             self._limiter = anyio.CapacityLimiter(threads or self.settings.worker_threads)
             if self.lock_manager is None and self.settings.locks:
-                self.lock_manager = self._own_locks = lock_manager_from_url(self.settings.locks)
+                # A path may be relative, and a client slow to import.
+                self._own_locks = await asyncio.to_thread(lock_manager_from_url, self.settings.locks)
+                self.lock_manager = self._own_locks
             self.limits = Limits(self.settings.tag_limits)
             self.records = Records(self.in_thread, clock=self.clock, storage_at=self._storage_at)
             self._obey(self.settings)
@@ -300,56 +296,6 @@ class Engine(Embedding):
             raise EngineClosedError(what)
 
     # --- what runs ask for
-
-    def storage_for(self, spec: StorageLike) -> Storage:
-        """The storage that a path or URL means: one for each, made when first asked for, closed with the engine."""
-        if isinstance(spec, Storage):
-            return spec
-        name = os.fspath(spec)
-        if name not in self._own:
-            storage = storage_from_url(spec)
-            if isinstance(storage, LocalStorage) and "durability=" not in name:
-                storage = LocalStorage(
-                    storage.path, durability="power" if self.settings.durability == "power" else "process"
-                )
-            self._own[name] = storage
-        return self._own[name]
-
-    def meet(self, storage: Storage) -> Storage:
-        self._met.setdefault(storage.url, storage)
-        return storage
-
-    def _storage_at(self, url: str) -> Storage:
-        """The storage of a URL that a transaction's intent names: one that is in use here, else a new one."""
-        for storage in (self.storage, self.key_storage, *self._own.values(), *self._met.values()):
-            if storage is not None and storage.url == url:
-                return storage
-        return self.storage_for(url)
-
-    def serializer_for(self, spec: SerializerLike) -> Serializer:
-        if isinstance(spec, Serializer):
-            return spec
-        if spec not in self._serializers:
-            self._serializers[spec] = serializer_by_name(spec)
-        return self._serializers[spec]
-
-    def place_for(self, run: TaskRun | FlowRun, policy: CachePolicy | None) -> Place:
-        """Where the run's record lies: the task decides, else its flow, else the engine."""
-        definition = run.task or run.flow
-        assert definition is not None
-        above = run.flow_run.flow if run.task is not None and run.flow_run is not None else None
-        storage = definition.result_storage or (above and above.result_storage)
-        serializer = definition.result_serializer or (above and above.result_serializer)
-        keys = policy.key_storage if policy is not None else None
-        location = None
-        if definition.result_storage_key is not None and policy is not None:
-            location = storage_key(definition.result_storage_key, run)
-        return Place(
-            self.meet(self.storage_for(storage)) if storage else self.storage,
-            self.meet(self.storage_for(keys)) if keys is not None else self.key_storage,
-            self.serializer_for(serializer) if serializer else self.serializer,
-            location,
-        )
 
     async def in_thread(self, fn: Callable[..., T], *args: Any) -> T:
         """Run a function in a worker thread of the engine's own, with the caller's context variables.

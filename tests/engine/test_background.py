@@ -372,7 +372,7 @@ async def test_what_has_ended_is_not_listed() -> None:
                 await future.wait()
                 assert future.id not in engine.runs
             assert dict(engine.runs) == {}
-            assert engine.running == engine.live == set()
+            assert (len(engine.running), len(engine.live)) == (0, 0)
 
 
 async def test_ended_runs_are_not_kept() -> None:

@@ -458,7 +458,7 @@ def test_a_loop_that_is_closed_under_a_run(caplog: pytest.LogCaptureFixture) -> 
     assert "closed under runs that held keys" in warning
     for work in (*works, *begun):
         work._log_destroy_pending = False  # type: ignore[attr-defined]  # the test abandons them on purpose
-        work.get_coro().close()  # type: ignore[union-attr]
+        work.get_coro().close()
 
 
 FORKS = """
