@@ -114,7 +114,7 @@ async def searches() -> bool:
 
 
 async def test_code_that_keeps_the_gil(caplog: pytest.LogCaptureFixture) -> None:
-    """A call into C that lets no other thread run is told right after it, with its task and line, and how long it was."""
+    """A call into C that lets no other thread run is told right after it, with its task and line."""
     async with watched():
         await asyncio.sleep(SECONDS)
         await searches()
