@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from . import _policies
 from ._committing import Attempts, Call, Key, commit, look_up, note_reason, serve
 from ._context import FlowRun, TaskRun
-from ._engine import storage_key
 from ._errors import CacheKeyError, EngineError, UncacheableInputError
 from ._exclusive import exclusively
 from ._explain import Explanation, explanation, reason_for
 from ._known import Known
 from ._locks import isolation_of
 from ._logging import logger
-from ._place import Hit, Miss, ago
+from ._place import Hit, Miss, ago, storage_key
 from ._policies import CachePolicy, ComponentPolicy, Components, NonePolicy, key_from
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PATIENCE = 2.0
 """Seconds that cancelled runs have to clean up. A body that swallows its cancellation must not hold up the exit."""
 CLOSED = "the engine was closed"
+_LONGEST = 86400.0  # seconds that a timer can be set for, on any loop
 
 
 class Failures(list["RunFuture[Any]"]):
@@ -50,6 +52,8 @@ async def drain(engine: Engine, grace: float) -> None:
     wait any longer but cancels the runs, and passes the cancellation on when they have ended.
     """
     mine = _ancestry()
+    if grace and (late := _late(engine, mine)):
+        logger.info("The engine is closing: waiting up to %.3g s for %s", grace, _named(late))
     cancelled: asyncio.CancelledError | None = None
     try:
         await _ended(engine, mine, grace)
@@ -66,7 +70,7 @@ async def _interrupt(engine: Engine, mine: set[Any], grace: float) -> None:
     late = _late(engine, mine)
     logger.warning(
         "The engine is closing: what did not end within %.3g s is cancelled: %s",
-        grace, ", ".join(sorted({run.name for run in late})[:10]) + (", …" if len(late) > 10 else ""),
+        grace, _named(late),
     )  # fmt: skip
     engine.interrupted = CLOSED
     for work in {*late.values()}:
@@ -80,6 +84,11 @@ async def _interrupt(engine: Engine, mine: set[Any], grace: float) -> None:
             run.enter("crash", message=f"{CLOSED}, and the run did not end when it was cancelled")
     engine.running.clear()
     engine.live.clear()
+
+
+def _named(runs: Iterable[Any]) -> str:
+    names = sorted({run.name for run in runs})
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def _ancestry() -> set[Any]:
@@ -104,6 +113,7 @@ async def _ended(engine: Engine, mine: set[Any], seconds: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     while (left := deadline - loop.time()) > 0:
+        left = min(left, _LONGEST)
         works = {future._work for future in engine.running if future.run not in mine}
         if works:
             await asyncio.wait(works, timeout=left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType, TracebackType
@@ -75,8 +76,10 @@ class Embedding:
 
         Raises:
             EngineClosedError: The engine is not open, or is closing.
-            TypeError: The arguments do not fit.
+            TypeError: The arguments do not fit, or it is no flow.
         """
+        if getattr(flow, "kind", "") != "Flow run":
+            raise _no_flow(flow)
         if not self._is_open:
             raise EngineClosedError(f"Flow {flow.name!r}")
         try:
@@ -130,3 +133,14 @@ class Embedding:
             outcome = outcome_of(run)
             for each in seen:
                 each.outcomes.append(outcome)
+
+
+def _no_flow(given: Any) -> TypeError:
+    if inspect.iscoroutine(given):
+        given.close()
+        remedy = "Pass the flow and its arguments apart: engine.submit(flow, …)."
+    elif hasattr(given, "submit"):
+        remedy = "Inside `async with engine:` a task has a submit() of its own; or call it in a flow."
+    else:
+        remedy = "Make a function one with @flow."
+    return TypeError(f"engine.submit() takes a flow, got {given!r}. {remedy}")

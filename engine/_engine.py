@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from ..locking import LockManager, lock_manager_from_url
-from ..storage import LocalStorage, Storage, storage_from_url
-from ..storage._loop_end import ENGINES, at_loop_end
-from ..storage._serializers import Serializer, serializer_by_name
+from ..storage import Storage
 from . import _logging
 from ._draining import Failures, drain
 from ._embedding import Embedding
-from ._errors import CacheKeyError, ConfigurationError, EngineClosedError
+from ._errors import ConfigurationError, EngineClosedError
 from ._explain import Explainer
 from ._flights import Room
 from ._limits import Limits
-from ._place import Place
 from ._records import Records
 from ._settings import Settings, stamp
+from ._stores import SerializerLike, StorageLike, Stores
 from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -34,17 +32,15 @@ if TYPE_CHECKING:
 
     from ._context import FlowRun, TaskRun
     from ._futures import RunFuture
-    from ._policies import CachePolicy
 
 T = TypeVar("T")
-StorageLike = Storage | str | os.PathLike[str]
-SerializerLike = Serializer | str
 
 current_engine: ContextVar[Engine | None] = ContextVar("onceflow_engine", default=None)
 _outer_engines: ContextVar[tuple[Engine | None, ...]] = ContextVar("onceflow_outer_engines", default=())
+"""Those that were entered before it, from the outside in."""
 
 
-class Engine(Embedding):
+class Engine(Embedding, Stores):
     """What runs share: where records lie, who locks, which threads synchronous bodies get.
 
     Making one opens nothing. `async with engine:` opens it, makes it the engine of every run that starts
@@ -77,6 +73,7 @@ class Engine(Embedding):
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        _check(storage, key_storage, lock_manager, settings, grace, worker_threads)
         self._given = (storage, key_storage, serializer, settings, grace, worker_threads)
         self.lock_manager = lock_manager
         self.clock = clock
@@ -87,15 +84,16 @@ class Engine(Embedding):
         self.ended: asyncio.Future[None] | None = None
         self.interrupted: str | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.process = os.getpid()
+        """Where it was opened: a forked child finds it open, on a loop that runs elsewhere."""
         self._entries = 0
         self._opening: asyncio.Future[None] | None = None
+        self._awaited = 0
         self._closing: asyncio.Future[None] | None = None
         self._is_open = False
         self._stamp: dict[Any, Any] | None = None
         self._said: Any = None
-        self._own: dict[str, Storage] = {}
-        self._serializers: dict[str, Serializer] = {}
-        self._met: dict[str, Storage] = {}
+        Stores.__init__(self)
         self.flights = Room()
         self.limits = Limits(None)
         self.explainer = Explainer()
@@ -112,7 +110,8 @@ class Engine(Embedding):
     async def open(self) -> Self:
         """Read the settings and make ready; idempotent, also when several tasks come at once.
 
-        Costs one thread hop (settings may lie in files); no storage is touched before it is used.
+        Costs one thread hop (settings may lie in files); no storage is touched before it is used. Cancelled, it
+        leaves the engine closed, unless somebody else waits for it too.
 
         Raises:
             ConfigurationError: It is open on another loop.
@@ -124,7 +123,13 @@ class Engine(Embedding):
             await asyncio.shield(self._closing)
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._open())
-        await asyncio.shield(self._opening)
+        self._awaited += 1
+        try:
+            await asyncio.shield(self._opening)
+        finally:
+            self._awaited -= 1
+            if self._opening is not None and not self._awaited:
+                self._opening.cancel()
         return self
 
     def _take_loop(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -135,16 +140,18 @@ class Engine(Embedding):
                     "This engine is open on another event loop.", "Make one for each loop."
                 )
             self._is_open, self._opening, self._closing, self._entries = False, None, None, 0
+            self._awaited = 0
             self._own.clear()  # bound to that loop, and gone with it
             self.running.clear()
             self.live.clear()
-        self.loop = loop
+        self.loop, self.process = loop, os.getpid()
 
     async def _open(self) -> None:
         import anyio
 
         _, _, _, settings, grace, threads = self._given
         try:
+            await self.flights.free_abandoned()
             self._stamp, self._said = _environment(), _said()
             self.settings: Settings = (
                 settings if settings is not None else await asyncio.to_thread(Settings.load)
@@ -152,7 +159,9 @@ class Engine(Embedding):
             self.grace = self.settings.grace if grace is None else grace
             self._limiter = anyio.CapacityLimiter(threads or self.settings.worker_threads)
             if self.lock_manager is None and self.settings.locks:
-                self.lock_manager = self._own_locks = lock_manager_from_url(self.settings.locks)
+                # A path may be relative, and a client slow to import.
+                self._own_locks = await asyncio.to_thread(lock_manager_from_url, self.settings.locks)
+                self.lock_manager = self._own_locks
             self.limits = Limits(self.settings.tag_limits)
             self.records = Records(self.in_thread, clock=self.clock, storage_at=self._storage_at)
             self._obey(self.settings)
@@ -164,7 +173,7 @@ class Engine(Embedding):
         finally:
             self._opening = None
         self._is_open, self.interrupted = True, None
-        _open_engines.setdefault(asyncio.get_running_loop(), []).append(self)
+        open_engines.setdefault(asyncio.get_running_loop(), []).append(self)
 
     def _obey(self, settings: Settings) -> None:
         """Take over what may change while the engine is open."""
@@ -211,7 +220,7 @@ class Engine(Embedding):
                 await self._close_own()
             finally:
                 self._closing = None
-                engines = _open_engines.get(asyncio.get_running_loop(), [])
+                engines = open_engines.get(asyncio.get_running_loop(), [])
                 if self in engines:
                     engines.remove(self)
 
@@ -239,7 +248,7 @@ class Engine(Embedding):
 
     async def close_with_loop(self) -> None:
         """The end of an engine that nobody entered: with its loop, which is forgotten."""
-        _ambient.pop(asyncio.get_running_loop(), None)
+        made_engines.pop(asyncio.get_running_loop(), None)
         await self.aclose()
 
     async def __aenter__(self) -> Self:
@@ -252,10 +261,13 @@ class Engine(Embedding):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Left from another task than the one that entered, the variable is not ours to set back.
-        if current_engine.get() is self and (outer := _outer_engines.get()):
-            current_engine.set(outer[-1])
-            _outer_engines.set(outer[:-1])
+        # Not always the last that was entered; and left from another task than the one that entered, it is not
+        # among those of this context at all.
+        entered = [*_outer_engines.get(), current_engine.get()]
+        if self in entered:
+            del entered[len(entered) - 1 - entered[::-1].index(self)]
+            current_engine.set(entered.pop())
+            _outer_engines.set(tuple(entered))
         self._entries -= 1
         if self._entries <= 0:  # entered by several, it is closed by the last
             await self.aclose()
@@ -285,56 +297,6 @@ class Engine(Embedding):
 
     # --- what runs ask for
 
-    def storage_for(self, spec: StorageLike) -> Storage:
-        """The storage that a path or URL means: one for each, made when first asked for, closed with the engine."""
-        if isinstance(spec, Storage):
-            return spec
-        name = os.fspath(spec)
-        if name not in self._own:
-            storage = storage_from_url(spec)
-            if isinstance(storage, LocalStorage) and "durability=" not in name:
-                storage = LocalStorage(
-                    storage.path, durability="power" if self.settings.durability == "power" else "process"
-                )
-            self._own[name] = storage
-        return self._own[name]
-
-    def meet(self, storage: Storage) -> Storage:
-        self._met.setdefault(storage.url, storage)
-        return storage
-
-    def _storage_at(self, url: str) -> Storage:
-        """The storage of a URL that a transaction's intent names: one that is in use here, else a new one."""
-        for storage in (self.storage, self.key_storage, *self._own.values(), *self._met.values()):
-            if storage is not None and storage.url == url:
-                return storage
-        return self.storage_for(url)
-
-    def serializer_for(self, spec: SerializerLike) -> Serializer:
-        if isinstance(spec, Serializer):
-            return spec
-        if spec not in self._serializers:
-            self._serializers[spec] = serializer_by_name(spec)
-        return self._serializers[spec]
-
-    def place_for(self, run: TaskRun | FlowRun, policy: CachePolicy | None) -> Place:
-        """Where the run's record lies: the task decides, else its flow, else the engine."""
-        definition = run.task or run.flow
-        assert definition is not None
-        above = run.flow_run.flow if run.task is not None and run.flow_run is not None else None
-        storage = definition.result_storage or (above and above.result_storage)
-        serializer = definition.result_serializer or (above and above.result_serializer)
-        keys = policy.key_storage if policy is not None else None
-        location = None
-        if definition.result_storage_key is not None and policy is not None:
-            location = storage_key(definition.result_storage_key, run)
-        return Place(
-            self.meet(self.storage_for(storage)) if storage else self.storage,
-            self.meet(self.storage_for(keys)) if keys is not None else self.key_storage,
-            self.serializer_for(serializer) if serializer else self.serializer,
-            location,
-        )
-
     async def in_thread(self, fn: Callable[..., T], *args: Any) -> T:
         """Run a function in a worker thread of the engine's own, with the caller's context variables.
 
@@ -357,39 +319,39 @@ class Engine(Embedding):
     _limiter: anyio.CapacityLimiter
 
 
-def storage_key(template: str, run: TaskRun | FlowRun) -> str:
-    """A result storage key from its template: `{parameters[x]}`, `{x}`, `{task_run.name}`, `{flow_run.id}`.
+def _check(
+    storage: Any, key_storage: Any, lock_manager: Any, settings: Any, grace: Any, worker_threads: Any
+) -> None:
+    """What can be told at once of the arguments of an engine, which opens nothing yet.
 
     Raises:
-        CacheKeyError: The template asks for what is not there, or makes an empty key.
+        ConfigurationError: Names the argument, and what it may be.
     """
-    fields: dict[str, Any] = dict(run.parameters)
-    fields["parameters"] = run.parameters
-    fields["flow_run"] = run.flow_run
-    if run.task is not None:
-        fields["task_run"] = run
-    try:
-        key = template.format(**fields)
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    else:
-        if key:
-            return key
-        reason = "it is empty"
-    raise CacheKeyError(
-        f"The result storage key {template!r} cannot be made: {reason}.",
-        f"It may use {', '.join(f'{{{name}}}' for name in fields)}, and flow_run only inside of a flow.",
-    )
+    kinds: dict[str, tuple[Any, Any, str]] = {
+        "storage": (storage, (Storage, str, os.PathLike), "Give a path, a URL or a Storage."),
+        "key_storage": (key_storage, (Storage, str, os.PathLike), "Give a path, a URL or a Storage."),
+        "lock_manager": (
+            lock_manager, LockManager, "lock_manager_from_url(…) makes one of a URL, and so does ONCEFLOW_LOCKS."
+        ),
+        "settings": (settings, Settings, "Write settings=Settings(…)."),
+    }  # fmt: skip
+    for name, (value, types, remedy) in kinds.items():
+        if value is not None and not isinstance(value, types):
+            raise ConfigurationError(f"{name} of an engine cannot be {value!r}.", remedy)
+    if grace is not None and (not isinstance(grace, (int, float)) or not grace >= 0):
+        raise ConfigurationError(f"grace must be seconds from 0 on, got {grace!r}.", "Leave it out for 10.")
+    if worker_threads is not None and (not isinstance(worker_threads, int) or worker_threads < 1):
+        raise ConfigurationError(
+            f"worker_threads must be a whole number from 1 on, got {worker_threads!r}.",
+            "Leave it out for 40.",
+        )
 
 
-# --- which engine
+# --- what lies beside engines: see `_ambient`
 
-_open_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Engine]] = WeakKeyDictionary()
-_ambient: WeakKeyDictionary[asyncio.AbstractEventLoop, Engine] = WeakKeyDictionary()
-
-
-stand_in: Engine | None = None
-"""What the pytest plugin puts in the place of the engine that would be made from the settings."""
+open_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Engine]] = WeakKeyDictionary()
+made_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, Engine] = WeakKeyDictionary()
+"""The engines that were made from the settings, because nobody had entered one."""
 
 
 def _environment_view() -> Any:
@@ -404,53 +366,3 @@ def _environment() -> dict[Any, Any]:
 def _said() -> Any:
     """What of the environment an engine depends on."""
     return stamp(), os.environ.get("HOME")
-
-
-def engines_on(loop: asyncio.AbstractEventLoop) -> list[Engine]:
-    """The engines that are open, or closing, on a loop."""
-    return list(_open_engines.get(loop, ()))
-
-
-def ambient_now() -> Engine | None:
-    """The engine of a root run that starts here, where it is ready: the one entered in this context, else the
-    only one open on this loop, else the one that was made from the settings."""
-    engine = _entered() or _ambient.get(asyncio.get_running_loop())
-    if engine is not None and engine._is_open and not engine.is_stale():
-        return engine
-    return None
-
-
-def _entered() -> Engine | None:
-    """The engine entered in this context, else the only one open on this loop; it may be closing, or closed."""
-    engine = current_engine.get()
-    if engine is not None:
-        return engine
-    loop = asyncio.get_running_loop()
-    ambient = _ambient.get(loop)
-    entered = [engine for engine in _open_engines.get(loop, ()) if engine is not ambient]
-    if len(entered) > 1:
-        entered = [engine for engine in entered if engine._is_open]
-    return entered[0] if len(entered) == 1 else None
-
-
-async def ambient(what: str = "A run") -> Engine:
-    """The engine of a root run that starts here; made from the settings where there is none, and closed with the loop.
-
-    Raises:
-        EngineClosedError: The one that was entered here is closed: `what` shall not go to another instead.
-    """
-    engine = ambient_now()
-    if engine is not None:
-        return engine
-    loop = asyncio.get_running_loop()
-    engine = _entered()
-    if engine is not None and not engine._is_open:
-        raise EngineClosedError(what)
-    engine = engine or _ambient.get(loop)
-    if engine is not None and engine._is_open:
-        await engine.reload()
-        return engine
-    if engine is None:
-        engine = _ambient[loop] = stand_in or Engine()
-        await at_loop_end(engine.close_with_loop, ENGINES)
-    return await engine.open()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..locking import LockTimeoutError
 from ._context import Run
 from ._errors import ConfigurationError, DeadlockError, EngineClosedError
+from ._logging import logger
 from ._steps import Where
 
 if TYPE_CHECKING:
@@ -207,6 +208,17 @@ class Room:
             for other in self._flights.values()
             if other.where[1] == flight.where[1] and other.held is not None and other.leader in above
         ]
+
+    async def free_abandoned(self) -> None:
+        """Free what runs of a loop left behind that was closed under them: they never end, nor do their waiters."""
+        if self._flights and self._loop is not None and self._loop.is_closed():
+            names = sorted({flight.leader.name for flight in self._flights.values()})
+            logger.warning(
+                "An event loop was closed under runs that held keys; these are free now: %s", ", ".join(names)
+            )
+            for flight in self._flights.values():
+                flight.waiters.clear()
+            await self.aclose()
 
     async def aclose(self) -> None:
         """Free the keys of runs that outlive their engine, and send away who waits for them."""

@@ -9,10 +9,11 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
+from ._ambient import ambient, ambient_now
 from ._arguments import Marked
 from ._context import FlowRun, TaskRun, current_run, current_tags, current_transaction
 from ._definition import Definition, F, check_no_wait_for
-from ._engine import Engine, ambient, ambient_now, current_engine
+from ._engine import Engine, current_engine
 from ._future_lists import FutureList
 from ._futures import FlowFuture, RunFuture
 from ._generators import parent_for

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from types import FrameType
 from typing import Any, TypeVar
 
-from ._engine import engines_on
+from ._ambient import engines_on
 from ._logging import logger
 
 R = TypeVar("R")

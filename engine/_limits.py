@@ -172,6 +172,7 @@ class Limits:
         }
         self._own: dict[int, tuple[Any, dict[Any, Any]]] = {}
         self.has_tags = bool(self._tags)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __len__(self) -> int:
         """How many functions have limits of their own here."""
@@ -180,7 +181,11 @@ class Limits:
     def gate(
         self, run: Run, fn: Callable[..., Any], concurrency: int | None, interval: float | None
     ) -> Gate | None:
-        """What a run has to pass; None for nothing."""
+        """What a run has to pass; None for nothing.
+
+        Raises:
+            ConfigurationError: The run has a limit, and is on another loop than others that had one.
+        """
         slots: list[Slots] = []
         rate: Rate | None = None
         if concurrency is not None:
@@ -189,7 +194,21 @@ class Limits:
             slots += [self._tags[tag] for tag in sorted(run.tags) if tag in self._tags]
         if interval is not None:
             rate = self._of(fn).setdefault(("rate", interval), Rate(interval))
-        return Gate(run, slots, rate) if slots or rate else None
+        if not slots and rate is None:
+            return None
+        self._check_loop()
+        return Gate(run, slots, rate)
+
+    def _check_loop(self) -> None:
+        """Who waits on one loop would not hear of a slot that is left on another."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise ConfigurationError(
+                "A run with a limit was started on another event loop than its engine's.",
+                "Open an engine of its own there: `async with Engine(…):`.",
+            )
 
     def _of(self, fn: Callable[..., Any]) -> dict[Any, Any]:
         """The limits of a function, kept as long as it is: functions may be made, and dropped, with each call."""

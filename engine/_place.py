@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..storage import Storage
 from ..storage._envelope import Header
 from ..storage._serializers import Serializer
 from ..storage._storage import Buffer
 from ._copies import MISSING
+from ._errors import CacheKeyError
 from ._steps import ANY
+
+if TYPE_CHECKING:
+    from ._context import FlowRun, TaskRun
 
 SHAREABLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 
@@ -98,3 +102,28 @@ def ago(seconds: float) -> str:
 def shareable(value: Any) -> Any:
     """The value where nobody can change it, so that one object serves all; else MISSING."""
     return value if type(value) in SHAREABLE else MISSING
+
+
+def storage_key(template: str, run: TaskRun | FlowRun) -> str:
+    """A result storage key from its template: `{parameters[x]}`, `{x}`, `{task_run.name}`, `{flow_run.id}`.
+
+    Raises:
+        CacheKeyError: The template asks for what is not there, or makes an empty key.
+    """
+    fields: dict[str, Any] = dict(run.parameters)
+    fields["parameters"] = run.parameters
+    fields["flow_run"] = run.flow_run
+    if run.task is not None:
+        fields["task_run"] = run
+    try:
+        key = template.format(**fields)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        if key:
+            return key
+        reason = "it is empty"
+    raise CacheKeyError(
+        f"The result storage key {template!r} cannot be made: {reason}.",
+        f"It may use {', '.join(f'{{{name}}}' for name in fields)}, and flow_run only inside of a flow.",
+    )

@@ -17,7 +17,8 @@ import pytest
 
 from ..locking import MemoryLockManager
 from ..storage import MemoryStorage
-from . import _engine
+from ..storage._loop_end import forget
+from . import _ambient
 from ._engine import Engine
 from ._observing import Outcome, outcome_of
 from ._settings import Settings
@@ -144,11 +145,25 @@ def _listed(runs: list[Outcome]) -> str:
 def onceflow_engine() -> Iterator[EngineForTests]:
     """An engine for this test: memory storage and locks, a clock to move, `assert_ran` and `assert_cached`.
 
-    Opened by the first run on each event loop, and closed with the loop; what is stored lasts for the test.
+    Opened by the first run on each event loop, and closed with the test, or with the loop if that ends before;
+    what is stored lasts for the test.
     """
     engine = EngineForTests()
-    outer, _engine.stand_in = _engine.stand_in, engine
+    outer, _ambient.stand_in = _ambient.stand_in, engine
     try:
         yield engine
     finally:
-        _engine.stand_in = outer
+        _ambient.stand_in = outer
+        _close(engine)
+
+
+def _close(engine: Engine) -> None:
+    """On a loop that serves many tests, the runs that one left behind end with it, and do not reach the next."""
+    loop = engine.loop
+    if loop is None or loop.is_closed() or not engine._is_open:
+        return
+    forget(engine.close_with_loop, loop)
+    if loop.is_running():  # in another thread
+        asyncio.run_coroutine_threadsafe(engine.aclose(), loop).result()
+    else:
+        loop.run_until_complete(engine.aclose())

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 from asyncio import CancelledError
 from contextvars import Token
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import _caching
 from ._arguments import LEAVES, Marked, NotReady
@@ -71,6 +71,8 @@ async def perform(run: TaskRun | FlowRun, future: RunFuture[Any] | None = None) 
             _failed_around(run, definition, error)
         except BaseException as error:
             await _interrupted(run, definition, error)
+            if isinstance(error, GeneratorExit):
+                token = None  # whoever drops the coroutine does so in a context of theirs
             raise
         finally:
             if token is not None:
@@ -121,6 +123,10 @@ def _sign_off(future: RunFuture[Any]) -> None:
     if state.type is not COMPLETED and not asked_for:
         owner.failed.append(future)
     owner.running.discard(future)
+    if future.run.carrier is not None:
+        forget(
+            cast("FlowRun", future.run)
+        )  # now, so that it is not listed any more when who awaits it goes on
     future._work = ENDED
 
 

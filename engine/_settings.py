@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import lru_cache
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from ..locking import lock_manager_from_url
+from ..storage import storage_from_url
 from ..storage._serializers import serializer_by_name
 from ._errors import SettingsError, closest
+from ._limits import check_size
 
 PREFIX = "ONCEFLOW_"
 
@@ -25,7 +29,8 @@ class Settings:
     """What can be set from outside. Times are seconds, sizes bytes.
 
     The environment wins over `.env`, that over `[tool.onceflow]` in the pyproject.toml of the working
-    folder, that over the defaults. An unknown key is an error with a suggestion.
+    folder, that over the defaults; an empty variable is one that is not set. An unknown key is an error with
+    a suggestion.
     """
 
     storage: str | None = None
@@ -42,7 +47,7 @@ class Settings:
     """Whether tasks and flows that leave `persist_result` open persist."""
     results_default_serializer: str = "default"
     """The serializer of tasks and flows that name none."""
-    results_signing_key: str | None = None
+    results_signing_key: str | None = field(default=None, repr=False)
     """Signs records and lets pickled values travel over shared storage; several, comma-separated, rotate."""
     results_allow_pickle: bool = False
     """Lets unsigned pickled values travel over shared storage."""
@@ -77,6 +82,19 @@ class Settings:
     warn_blocking: float | None = None
     """Warns of a task that blocks the event loop for longer (`100ms`, `0.5`)."""
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be, also where a program makes its settings itself.
+
+        Raises:
+            SettingsError: Names the setting and its value.
+        """
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or not value >= least):
+                raise SettingsError(
+                    name, f"cannot be {value!r}: it must be a number from {least} on.", "Mend it."
+                )
+
     @classmethod
     def load(cls) -> Settings:
         """The settings of this process, read now.
@@ -92,6 +110,24 @@ class Settings:
         return _load(environment)
 
 
+_LEAST = {
+    "lock_timeout": 0,
+    "results_memory_bytes": 0,
+    "tasks_default_retries": 0,
+    "tasks_default_retry_delay_seconds": 0,
+    "flows_default_retries": 0,
+    "flows_default_retry_delay_seconds": 0,
+    "worker_threads": 1,
+    "grace": 0,
+    "warn_blocking": 0,
+}
+"""The least that a number may be."""
+_URLS: dict[str, Callable[[str], object]] = {
+    "storage": storage_from_url, "key_storage": storage_from_url, "locks": lock_manager_from_url,
+}  # fmt: skip
+_TABLE = "[tool.onceflow]"
+_SPEAKS_OF_US = re.compile(rb"""tool["'\s]*\.["'\s]*onceflow|^\s*["']?onceflow["']?\s*[.=]""", re.MULTILINE)
+"""TOML is read only where it seems to have our table, in any of the ways to write one."""
 NAMES = tuple(field.name for field in fields(Settings))
 # Read by the tests, by the chaos runs and by log handlers, not by the engine.
 _FOREIGN = ("ONCEFLOW_TEST_",)
@@ -101,7 +137,7 @@ def _environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name.upper().startswith(PREFIX) and not name.upper().startswith(_FOREIGN)
+        if value and name.upper().startswith(PREFIX) and not name.upper().startswith(_FOREIGN)
     }
 
 
@@ -115,26 +151,28 @@ def _table() -> dict[str, Any]:
     path = Path("pyproject.toml")
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    if "tool.onceflow" not in text:
+    data = path.read_bytes()
+    if not _SPEAKS_OF_US.search(data):
         return {}
     import tomllib
 
     try:
-        table = tomllib.loads(text).get("tool", {}).get("onceflow", {})
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(data.decode()).get("tool", {}).get("onceflow", {})
+    except ValueError as error:  # no TOML, or no text
         raise SettingsError("pyproject.toml", f"cannot be read: {error}.", "Mend it.") from error
+    if not isinstance(table, dict):
+        raise SettingsError("[tool.onceflow]", f"cannot be {table!r}: it is a table of settings.", "Mend it.")
     for name in table:
-        _check(f"[tool.onceflow] {name}", name)
-    return dict(table)
+        _check(f"{_TABLE} {name}", name)
+    return {name.lower(): value for name, value in table.items()}
 
 
 def _check(shown: str, name: str) -> None:
     if name.lower() not in NAMES:
-        known = [n.upper() if shown.startswith(PREFIX) else n for n in NAMES]
-        near = closest(name.upper() if shown.startswith(PREFIX) else name, known)
-        if shown.startswith(PREFIX):
-            near = near.replace("'", f"'{PREFIX}", 1)
+        if shown.startswith(_TABLE):
+            near = closest(name.lower(), NAMES)
+        else:
+            near = closest(name.upper(), [name.upper() for name in NAMES]).replace("'", f"'{PREFIX}", 1)
         raise SettingsError(shown, f"is not a setting of onceflow.{near}", "Remove it or mend its name.")
 
 
@@ -144,17 +182,16 @@ def _load(environment: Mapping[str, str]) -> Settings:
     from pydantic import ValidationError
     from pydantic_settings import SettingsError as SourceError
 
-    model = _model()
+    table = _values_of_table(environment)
     try:
-        values = model(**_Pyproject.values(environment)).model_dump()
+        values = _model()(**table).model_dump()
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "?"
-        if first["type"] == "extra_forbidden":
-            _check(f"{PREFIX}{name.upper()}" if not name.upper().startswith(PREFIX) else name.upper(), name)
-        raise SettingsError(
-            f"{PREFIX}{name.upper()}", f"cannot be {first.get('input')!r}: {first['msg']}.", "Mend its value."
-        ) from error
+        name = str(first["loc"][0])
+        shown = f"{_TABLE} {name}" if name in table else f"{PREFIX}{name.upper()}"
+        problem = first["msg"].removeprefix("Value error, ").rstrip(".")
+        given = "used" if name in _URLS else repr(first.get("input"))  # a URL may hold a password
+        raise SettingsError(shown, f"cannot be {given}: {problem}.", "Mend its value.") from error
     except SourceError as error:  # text that had to be JSON
         name, given = _not_json(environment)
         raise SettingsError(name, f"cannot be {given!r}: {error.__cause__}.", "Write it as JSON.") from error
@@ -172,13 +209,10 @@ def _not_json(environment: Mapping[str, str]) -> tuple[str, str]:
     return name, given or ""
 
 
-class _Pyproject:
+def _values_of_table(environment: Mapping[str, str]) -> dict[str, Any]:
     """The lowest source: what the table says of settings that neither the environment nor `.env` names."""
-
-    @staticmethod
-    def values(environment: Mapping[str, str]) -> dict[str, Any]:
-        named = {name[len(PREFIX) :].lower() for name in environment} | _dotenv()
-        return {name.lower(): value for name, value in _table().items() if name.lower() not in named}
+    named = {name[len(PREFIX) :].lower() for name in environment} | _dotenv()
+    return {name: value for name, value in _table().items() if name not in named}
 
 
 def _dotenv() -> set[str]:
@@ -187,7 +221,11 @@ def _dotenv() -> set[str]:
         return set()
     from dotenv import dotenv_values
 
-    named = {name.upper() for name in dotenv_values(".env") if name.upper().startswith(PREFIX)}
+    try:
+        values = dotenv_values(".env")
+    except UnicodeDecodeError as error:
+        raise SettingsError(".env", f"cannot be read: {error}.", "Save it as UTF-8.") from error
+    named = {name.upper() for name, value in values.items() if value and name.upper().startswith(PREFIX)}
     for name in named:
         _check(name, name[len(PREFIX) :])
     return {name[len(PREFIX) :].lower() for name in named}
@@ -198,21 +236,23 @@ def _model() -> Any:
     """A pydantic-settings model with the dataclass's fields."""
     from typing import Annotated, Literal, get_type_hints
 
-    from pydantic import AfterValidator, BeforeValidator, Field, create_model
+    from pydantic import AfterValidator, BeforeValidator, create_model
     from pydantic_settings import BaseSettings, SettingsConfigDict
 
     class Base(BaseSettings):
         model_config = SettingsConfigDict(
-            env_prefix=PREFIX, env_file=".env", extra="ignore", case_sensitive=False
+            env_prefix=PREFIX, env_file=".env", extra="ignore", case_sensitive=False, env_ignore_empty=True
         )
 
     hints = get_type_hints(Settings, globals())  # the class itself says that it lives in the public face
     for name in ("lock_timeout", "grace", "warn_blocking"):
         hints[name] = Annotated[hints[name], BeforeValidator(_seconds)]
-    for name, hint in hints.items():
-        if hint in (int, float) or name in ("lock_timeout", "grace", "warn_blocking"):
-            hints[name] = Annotated[hint, AfterValidator(_not_negative)]
-    hints["worker_threads"] = Annotated[int, Field(ge=1)]
+    for name, least in _LEAST.items():
+        hints[name] = Annotated[hints[name], AfterValidator(partial(_at_least, least))]
+    for name, meaning in _URLS.items():
+        hints[name] = Annotated[hints[name], AfterValidator(partial(_means, meaning))]
+    limits = hints["tag_limits"]
+    hints["tag_limits"] = Annotated[limits, AfterValidator(_tag_limits)]
     hints["durability"] = Literal["process", "power"]
     hints["logging_level"] = Annotated[str | None, AfterValidator(_level)]
     hints["results_default_serializer"] = Annotated[str, AfterValidator(_serializer)]
@@ -222,10 +262,23 @@ def _model() -> Any:
     return create_model("Settings", __base__=Base, **definitions)
 
 
-def _not_negative(number: float | None) -> float | None:
-    if number is not None and number < 0:
-        raise ValueError("it must not be negative")
+def _at_least(least: float, number: float | None) -> float | None:
+    if number is not None and not number >= least:  # nan is not
+        raise ValueError(f"it must be a number from {least} on")
     return number
+
+
+def _means(meaning: Callable[[str], object], url: str | None) -> str | None:
+    """Make, and drop, what the URL stands for, which opens nothing; what cannot be is a ValueError."""
+    if url:
+        meaning(url)
+    return url
+
+
+def _tag_limits(limits: Mapping[str, int] | None) -> Mapping[str, int] | None:
+    for tag, size in (limits or {}).items():
+        check_size(f"the limit of tag {tag!r}", size)
+    return limits
 
 
 def _level(name: str | None) -> str | None:

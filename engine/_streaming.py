@@ -12,9 +12,10 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ._ambient import ambient, ambient_now
 from ._commit import uncancelled
 from ._context import FlowRun, TaskRun, current_run
-from ._engine import Engine, ambient, ambient_now
+from ._engine import Engine
 from ._errors import ConfigurationError, RunCancelledError
 from ._futures import RunFuture, TaskFuture
 from ._kernel import Life

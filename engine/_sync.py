@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _logging
 from ._context import current_run
+from ._engine import current_engine
 from ._errors import NoActiveRunError, RunningLoopError
 from ._interrupts import run_script
 
@@ -69,7 +71,7 @@ async def in_thread(engine: Engine, fn: Callable[..., R], *args: Any) -> R:
 def run_blocking(
     name: str, call: Callable[..., Coroutine[Any, Any, R]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> R:
-    """Block until the call is over: on a new loop, or on the parent's from a thread of a synchronous body."""
+    """Block until the call is over: on a new loop, or on that of the engine whose thread, or whose context, this is."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -81,10 +83,16 @@ def run_blocking(
         return await call(*args, **kwargs)
 
     run = current_run.get()
-    if run is not None:
-        return _on_loop_of(run.engine, f"{name}.run", main)
+    engine = run.engine if run is not None else current_engine.get()
+    # In a forked child the parent's loop seems to run, and answers nobody.
+    if engine is not None and engine.process == os.getpid() and (run is not None or _is_running(engine)):
+        return _on_loop_of(engine, f"{name}.run", main)
     _logging.show()
     return run_script(name, main())
+
+
+def _is_running(engine: Engine) -> bool:
+    return engine._is_open and engine.loop is not None and engine.loop.is_running()
 
 
 def call_on_loop(engine: Engine, name: str, fn: Callable[[], R]) -> R:

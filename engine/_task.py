@@ -19,10 +19,11 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast, overload
 
 from . import _policies
+from ._ambient import ambient, ambient_now
 from ._caching import explain, key_of, policy_of, wanted
 from ._context import FlowRun, TaskRun, current_run, current_tags
 from ._definition import Definition, check_no_wait_for
-from ._engine import ambient, ambient_now, current_engine
+from ._engine import current_engine
 from ._errors import ConfigurationError, NoActiveRunError
 from ._explain import Explanation
 from ._future_lists import FutureList

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from ..locking import LockManager
 from ..storage import Storage
 from ..storage._envelope import Header
+from ._ambient import ambient, ambient_now
 from ._claims import Claim
 from ._commit import uncancelled
 from ._context import Run, current_run, current_transaction, new_id
-from ._engine import Engine, ambient, ambient_now, current_engine
+from ._engine import Engine, current_engine
 from ._errors import CommitError, ConfigurationError, NoValueError
 from ._flights import Flight, Served
 from ._locks import Held, open_keyed

@@ -32,8 +32,8 @@ class Watchdog:
     """Watches one loop from a thread of its own, between `start` and `stop`.
 
     Reports every block of 1.25 × `seconds` and more once, while it lasts, and how long it was when it is over.
-    Costs the loop one callback each quarter of `seconds`. Code in C that keeps the GIL is reported after it
-    ended, with its duration and without its line, because no thread can look meanwhile.
+    Costs the loop one callback each quarter of `seconds`. Code in C that keeps the GIL is reported right after
+    it ended, because no thread can look meanwhile.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -56,7 +56,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         answer = threading.Event()
-        while not self._stopped.wait(self._seconds / 4):
+        while not self._stopped.is_set():
+            began, worked = time.monotonic(), _work_of(self._loop_thread)
+            if self._stopped.wait(self._seconds / 4):
+                return
+            late = time.monotonic() - began - self._seconds / 4
+            # Kept from waking by the loop's thread itself: not by a machine that was busy, or a process that slept.
+            if late > self._seconds and _work_of(self._loop_thread) - worked > self._seconds:
+                _log(self._report(), "%s blocked the event loop for %.3g s in all.", late)
+                continue
             answer.clear()
             asked = time.monotonic()
             try:
@@ -77,6 +85,12 @@ class Watchdog:
         run, line = _blame(frame)
         _log(run, "%s has blocked the event loop for more than %.3g s, at %s", self._seconds, line)
         return run
+
+
+def _work_of(thread: int) -> float:
+    """The seconds of a processor that a thread has used; where the system does not tell, those of all threads."""
+    clock = getattr(time, "pthread_getcpuclockid", None)
+    return time.clock_gettime(clock(thread)) if clock is not None else time.process_time()
 
 
 def _log(run: TaskRun | FlowRun | None, text: str, *values: object) -> None:

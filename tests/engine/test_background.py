@@ -186,6 +186,20 @@ async def test_bad_arguments_are_told_at_once() -> None:
         assert state.name == "Failed"
 
 
+async def test_what_is_no_flow() -> None:
+    """A task, a function, a coroutine or nothing is a TypeError that names it and says what to pass."""
+
+    async def function() -> None: ...
+
+    called = flow(function)()
+    async with new_engine() as engine:
+        for given, remedy in ((double, "submit()"), (function, "@flow"), (called, "apart"), (None, "@flow")):
+            with pytest.raises(TypeError, match="takes a flow") as caught:
+                engine.submit(given)  # type: ignore[arg-type]
+            assert repr(given) in str(caught.value)
+            assert remedy in str(caught.value)
+
+
 async def test_submit_from_another_thread() -> None:
     """A synchronous request handler, in its thread, may submit; the run has its context, on the engine's loop."""
 
@@ -338,6 +352,50 @@ async def test_runs_lists_what_is_under_way() -> None:
         with pytest.raises(TypeError):
             engine.runs["x"] = None  # type: ignore[index]
     assert seen == [{"look"}, {"outer", "inner"}, {"outer", "inner"}]
+
+
+async def test_what_has_ended_is_not_listed() -> None:
+    """Whoever awaits many background flows finds none of them listed any more, though they ended together."""
+
+    @flow
+    def synchronous(x: int) -> int:
+        return x
+
+    async with new_engine() as engine:
+        for background in (flow(plain.fn), synchronous, fails):
+            futures = (
+                [engine.submit(background, number) for number in range(100)]
+                if background is not fails
+                else [engine.submit(fails) for _ in range(100)]
+            )
+            for future in futures:
+                await future.wait()
+                assert future.id not in engine.runs
+            assert dict(engine.runs) == {}
+            assert (len(engine.running), len(engine.live)) == (0, 0)
+
+
+async def test_ended_runs_are_not_kept() -> None:
+    """Thousands of background flows, awaited or forgotten, leave no object behind."""
+
+    @flow
+    async def background(x: bytes) -> bytes:
+        await plain(1)
+        return x
+
+    async def some(count: int) -> None:
+        futures = [engine.submit(background, bytes(1000)) for _ in range(count)]
+        for future in futures[::2]:
+            await future
+        del futures, future
+        await until(lambda: not engine.runs)
+        gc.collect()
+
+    async with new_engine() as engine:
+        await some(100)
+        before = len(gc.get_objects())
+        await some(3000)
+        assert len(gc.get_objects()) - before < 100
 
 
 async def test_runs_forgets_what_fails() -> None:

@@ -7,6 +7,8 @@ import contextvars
 import gc
 import logging
 import os
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -26,6 +28,7 @@ from onceflow.engine import (
 from onceflow.engine import _engine as engine_module
 from onceflow.locking import MemoryLockManager
 from onceflow.storage import MemoryStorage
+from until import until
 
 
 @task
@@ -151,6 +154,60 @@ async def test_an_engine_can_be_left_by_another_task() -> None:
     assert await where() is not engine
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)])
+async def test_engines_can_be_left_in_any_order(order: tuple[int, ...]) -> None:
+    """Of the engines entered in a context, the last one that was not left is used; after all of them, none is."""
+    engines = [Engine(storage=MemoryStorage()) for _ in range(3)]
+    for engine in engines:
+        await engine.__aenter__()
+    open_ones = list(engines)
+    for number in order:
+        assert await where() is open_ones[-1]
+        await engines[number].__aexit__(None, None, None)
+        open_ones.remove(engines[number])
+    assert await where() not in engines
+
+
+async def test_entering_that_is_cancelled_leaves_it_closed() -> None:
+    """Who is cancelled while entering leaves no open engine behind, unless somebody else is entering it too."""
+    engine = Engine(storage=MemoryStorage())
+    entering = asyncio.ensure_future(engine.__aenter__())
+    await asyncio.sleep(0)
+    entering.cancel()
+    await asyncio.gather(entering, return_exceptions=True)
+    await until(lambda: engine._opening is None)
+    assert await where() is not engine
+
+    first, second = (asyncio.ensure_future(engine.__aenter__()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert await second is engine
+    assert await where() is engine
+    await engine.__aexit__(None, None, None)
+    assert await where() is not engine
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"lock_manager": "redis://localhost"}, "lock_manager_from_url"),
+        ({"storage": 5}, "storage"),
+        ({"key_storage": b"bytes"}, "key_storage"),
+        ({"settings": {"grace": 1}}, "Settings"),
+        ({"grace": -1}, "grace"),
+        ({"grace": float("nan")}, "grace"),
+        ({"grace": "10s"}, "grace"),
+        ({"worker_threads": 0}, "worker_threads"),
+        ({"worker_threads": 1.5}, "worker_threads"),
+    ],
+)
+def test_arguments_that_cannot_be(options: dict[str, Any], names: str) -> None:
+    """What cannot be is refused when the engine is made, and named with its value."""
+    with pytest.raises(ConfigurationError, match=names) as caught:
+        Engine(**options)
+    assert repr(next(iter(options.values()))) in str(caught.value)
+
+
 async def test_closing_is_idempotent() -> None:
     """aclose may be called before opening, twice, and by several at once."""
     engine = Engine(storage=MemoryStorage())
@@ -164,7 +221,7 @@ async def test_opening_by_several_at_once_opens_once() -> None:
     """Tasks that open an engine at the same time share one opening."""
     engine = Engine(storage=MemoryStorage())
     await asyncio.gather(*(engine.open() for _ in range(50)))
-    assert engine_module._open_engines[asyncio.get_running_loop()].count(engine) == 1
+    assert engine_module.open_engines[asyncio.get_running_loop()].count(engine) == 1
     await engine.aclose()
 
 
@@ -285,7 +342,7 @@ def test_a_loop_that_ended_is_forgotten() -> None:
         loops.append(weakref.ref(get_engine()))
 
     def get_engine() -> Engine:
-        return engine_module._ambient[asyncio.get_running_loop()]
+        return engine_module.made_engines[asyncio.get_running_loop()]
 
     for _ in range(3):
         asyncio.run(look())
@@ -330,6 +387,116 @@ def test_one_engine_on_two_loops_at_once_is_refused() -> None:
     finally:
         done.set()
         thread.join()
+
+
+async def test_an_engine_entered_here_is_not_used_on_another_loop(home: Path) -> None:
+    """A thread that took the context along to a loop of its own is refused; `run()` there uses the engine's loop."""
+
+    @flow
+    async def here() -> Any:
+        await limited()
+        return get_run_context().engine, asyncio.get_running_loop()
+
+    @task(concurrency=1)
+    async def limited() -> None:
+        await asyncio.sleep(0)
+
+    async with Engine(storage=MemoryStorage()) as engine:
+        for call in (where, where.run_to_state, here):
+            with pytest.raises(ConfigurationError, match="another event loop"):
+                await asyncio.to_thread(asyncio.run, call())
+        loop = asyncio.get_running_loop()
+        assert await asyncio.gather(*[asyncio.to_thread(here.run) for _ in range(3)]) == [(engine, loop)] * 3
+    assert await listing(home) == []
+
+
+async def test_a_limit_holds_on_one_loop() -> None:
+    """N1: a body that starts a loop of its own may call tasks there, but none with a limit: it would wait for ever."""
+
+    @task(concurrency=1)
+    async def limited() -> str:
+        return "limited"
+
+    @task
+    def elsewhere(call: Any) -> Any:
+        return asyncio.run(call())
+
+    async with Engine(storage=MemoryStorage()) as engine:
+        assert await elsewhere(where) is engine
+        assert await limited() == "limited"
+        with pytest.raises(ConfigurationError, match="another event loop"):
+            await elsewhere(limited)
+
+
+def test_a_loop_that_is_closed_under_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    """34: keys that runs held when their loop was closed are free on the next one, with a warning."""
+    engine = Engine(MemoryStorage(), MemoryLockManager())
+    begun: list[asyncio.Task[int]] = []
+
+    @task(cache_policy=INPUTS.configure(isolation_level="SERIALIZABLE"))
+    async def holds(x: int) -> int:
+        if not begun:
+            begun.append(asyncio.current_task())  # type: ignore[arg-type]
+            await asyncio.Event().wait()
+        return x
+
+    async def abandon() -> None:
+        await engine.open()
+        works.extend(asyncio.ensure_future(holds(1)) for _ in range(3))
+        await until(lambda: bool(begun))
+
+    async def again() -> list[int]:
+        async with engine, asyncio.timeout(10):
+            return [await holds(1), await holds(2)]
+
+    works: list[asyncio.Task[int]] = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(abandon())
+    loop.close()
+    assert asyncio.run(again()) == [1, 2]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "closed under runs that held keys" in warning
+    for work in (*works, *begun):
+        work._log_destroy_pending = False  # type: ignore[attr-defined]  # the test abandons them on purpose
+        work.get_coro().close()
+
+
+FORKS = """
+import asyncio, os
+from onceflow.engine import Engine, task
+
+@task
+async def double(x):
+    return 2 * x
+
+def forked(x):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(double.run(x))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+@task
+def in_a_thread():
+    return forked(1)
+
+@task
+async def on_the_loop():
+    return forked(2)
+
+async def main():
+    async with Engine(storage="memory://parent"):
+        print(await in_a_thread(), await on_the_loop(), forked(3))
+
+asyncio.run(main())
+"""
+
+
+def test_a_forked_child_has_left_its_parents_engine(home: Path) -> None:
+    """91: `run()` in a child that was forked inside of a body works there, and does not wait for the parent's loop."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], cwd=home, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "2 4 6\n"
 
 
 def test_two_loops_in_two_threads() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import re
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -102,6 +106,57 @@ async def test_the_log_record_is_stamped_with_the_run(caplog: pytest.LogCaptureF
         caplog.handler.removeFilter(Engine.log_filter)
     record = next(record for record in caplog.records if record.levelno == logging.WARNING)
     assert record.task == "blocks"  # type: ignore[attr-defined]
+
+
+@task
+async def searches() -> bool:
+    return re.match(r"(a+)+$", "a" * 22 + "b") is not None
+
+
+async def test_code_that_keeps_the_gil(caplog: pytest.LogCaptureFixture) -> None:
+    """A call into C that lets no other thread run is told right after it, with its task and line."""
+    async with watched():
+        await asyncio.sleep(SECONDS)
+        await searches()
+        await until(lambda: len(warnings(caplog)) == 2)
+    first, second = warnings(caplog)
+    assert "Task run 'searches-" in first
+    assert 're.match(r"(a+)+$"' in first
+    assert "Task run 'searches-" in second
+    assert "in all" in second
+
+
+async def test_a_process_that_was_stopped_is_not_told(tmp_path: Path) -> None:
+    """A process that Ctrl-Z or a debugger stops for a while has blocked nothing."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", STOPPED),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | {"HOME": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"idle\n"
+    process.send_signal(signal.SIGSTOP)
+    await asyncio.sleep(0.5)
+    process.send_signal(signal.SIGCONT)
+    out, _ = await process.communicate(b"\n")
+    assert out == b"done\n"
+
+
+STOPPED = """
+import asyncio, sys
+from onceflow.engine import Engine, Settings
+
+async def main():
+    async with Engine("memory://x", settings=Settings(warn_blocking=0.1, logging_level="WARNING")):
+        print("idle", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        await asyncio.sleep(0.2)
+    print("done", flush=True)
+
+asyncio.run(main())
+"""
 
 
 async def test_short_work_is_not_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -207,6 +207,85 @@ async def test_no_lock_is_left_behind(tmp_path: Path) -> None:
         assert "Waiting" not in await second.log()
 
 
+# --- every framework, in a process of its own
+
+
+@pytest.mark.parametrize("app", ["app", "starlette", "litestar", "aiohttp"])
+async def test_two_lines_are_enough(app: str, tmp_path: Path) -> None:
+    """L15: in every framework handlers find the engine that its lifespan opened, also of apps mounted below."""
+    environment = {"ONCEFLOW_STORAGE": "records", "ONCEFLOW_LOCKS": "memory://web", "PYTHONASYNCIODEBUG": "1"}
+    paths = ["/x", "/sub/x"] if app in ("app", "starlette") else ["/x"]
+    async with serving(f"web_apps:{app}", environment, tmp_path) as server, server.client() as client:
+        for path in paths:
+            answers = await asyncio.gather(*[client.get(f"{path}?x={number % 4}") for number in range(20)])
+            assert [answer.json()["value"] for answer in answers] == [
+                2 * (number % 4) for number in range(20)
+            ]
+            assert all(answer.json()["here"] for answer in answers)
+        assert (await server.ends())["double", "Completed"] == 4
+        server.terminate()
+        await server.wait(15)
+        check_quiet(await server.log())
+
+
+async def test_all_that_a_request_may_come_by(tmp_path: Path) -> None:
+    """Middleware, threads, synchronous tasks, background tasks and event streams find the engine, and hits are seen."""
+    environment = {"ONCEFLOW_STORAGE": "records", "ONCEFLOW_LOCKS": "memory://web"}
+    async with serving("web_apps:app", environment, tmp_path) as server, server.client() as client:
+        assert [(await client.get("/x?x=1")).headers["x-cache"] for _ in range(2)] == ["MISS", "HIT"]
+        assert (await client.get("/events?x=1")).text == "data: 2\n\ndata: 4\n\ndata: 6\n\n"
+        assert (await client.get("/sync-task?x=3")).json() == 6
+        assert (await client.get("/after?x=9")).json() == "later"
+        await client.get("/in-a-thread?x=10")
+
+        async def idle() -> bool:
+            return bool((await client.get("/runs")).json() == [])
+
+        await until(idle)
+        ends = await server.ends()
+        assert ends["report", "Completed"] == 4
+        assert ends["double", "Completed"] == 5
+        server.terminate()
+        await server.wait(15)
+        check_quiet(await server.log())
+
+
+async def test_a_websocket(tmp_path: Path) -> None:
+    """E1: what comes over a websocket runs in the app's engine, and a client that leaves leaves nothing behind."""
+    environment = {"ONCEFLOW_STORAGE": "records", "ONCEFLOW_LOCKS": "memory://web"}
+    async with serving("web_apps:aiohttp", environment, tmp_path) as server, ClientSession() as session:
+        for _ in range(2):
+            async with session.ws_connect(f"{server.url}/socket") as connection:
+                await connection.send_str("4")
+                answer = await connection.receive_json()
+                assert (answer["value"], answer["here"]) == (8, True)
+        assert (await server.ends())["double", "Cached"] == 1
+        server.terminate()
+        await server.wait(15)
+        check_quiet(await server.log())
+
+
+async def test_two_workers(tmp_path: Path) -> None:
+    """L15: with `--workers 2` and locks in files each key runs once in all, and both workers serve and end quietly."""
+    environment = {"ONCEFLOW_STORAGE": "records", "ONCEFLOW_LOCKS": "locks"}
+    async with serving("web_apps:app", environment, tmp_path, "--workers", "2") as server:
+        clients = [server.client() for _ in range(20)]  # each with a connection of its own
+        answers = await asyncio.gather(
+            *[client.get(f"/x?x={number % 5}&seconds=0.1") for number in range(10) for client in clients]
+        )
+        await asyncio.gather(*[client.aclose() for client in clients])
+        assert {answer.status_code for answer in answers} == {200}
+        assert (await server.ends())["double", "Completed"] == 5
+        assert len({answer.json()["process"] for answer in answers}) == 2
+        server.terminate()
+        await server.wait(20)
+        lines = (await server.log()).splitlines()
+        # uvicorn's parent process never closes the socket that its workers serve.
+        # The hint of ResourceWarning follows it.
+        theirs = (f"laddr=('127.0.0.1', {server.port})", "Enable tracemalloc")
+        check_quiet("\n".join(line for line in lines if not any(text in line for text in theirs)))
+
+
 # --- other frameworks
 
 

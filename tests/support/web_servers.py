@@ -24,6 +24,7 @@ class Server:
 
     def __init__(self, process: asyncio.subprocess.Process, port: int, output: Path) -> None:
         self.process = process
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self._output = output
 
@@ -50,19 +51,31 @@ class Server:
         return await asyncio.wait_for(self.process.wait(), within)
 
 
+def _command(app: str, port: int, options: tuple[str, ...]) -> tuple[str, ...]:
+    where = ROOT / ("tests/support" if app.startswith("web_apps:") else "examples")
+    if app == "web_apps:aiohttp":
+        return ("-m", "aiohttp.web", "-H", "127.0.0.1", "-P", str(port), *options, app)
+    return (
+        *("-m", "uvicorn", "--app-dir", str(where), app),
+        *("--port", str(port), "--log-level", "warning", *options),
+    )
+
+
 @asynccontextmanager
 async def serving(
     app: str, environment: dict[str, str], folder: Path, *options: str
 ) -> AsyncIterator[Server]:
-    """Serve an app of examples/ with uvicorn, ready for requests; killed in the end if it still runs."""
+    """Serve an app of examples/, or of `web_apps`, ready for requests; killed in the end if it still runs."""
     port = free_port()
     output = Path(tempfile.mkstemp(dir=folder, suffix=".log")[1])
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("ONCEFLOW_", "AWS_"))}
     with output.open("wb") as log:  # noqa: ASYNC230 - before the server's first request
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-X", "dev", "-m", "uvicorn", "--app-dir", str(ROOT / "examples"), app),
-            *("--port", str(port), "--log-level", "warning", *options),
-            env=clean | {"HOME": str(folder), "ONCEFLOW_LOGGING_LEVEL": "INFO"} | environment,
+            *(sys.executable, "-X", "dev", *_command(app, port, options)),
+            env=clean
+            | {"HOME": str(folder), "ONCEFLOW_LOGGING_LEVEL": "INFO"}
+            | {"PYTHONPATH": str(ROOT / "tests/support")}
+            | environment,
             cwd=folder,
             stdout=log,
             stderr=log,
