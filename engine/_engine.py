@@ -24,6 +24,7 @@ from ._errors import CacheKeyError, ConfigurationError, EngineClosedError
 from ._explain import Explainer
 from ._flights import Room
 from ._limits import Limits
+from ._options import check_runner
 from ._place import Place
 from ._records import Records
 from ._settings import Settings, stamp
@@ -59,7 +60,10 @@ class Engine(Embedding):
         serializer: For tasks and flows that name none.
         settings: In place of those of the environment.
         grace: Seconds that leaving waits for runs before it cancels them.
-        worker_threads: How many synchronous bodies run at once.
+        worker_threads: How many synchronous bodies run at once in threads.
+        runner: Where the bodies of synchronous tasks run that name no runner: `"thread"`, which is the default, or
+            `"process"`, in worker processes, one for each core, where they see their arguments and nothing else.
+            Async bodies, generators and flows run here whatever it says, and so do look-ups, locks and commits.
         clock: Unix time in seconds, for expiry.
         sleep: Waits before retries, in seconds.
     """
@@ -74,10 +78,13 @@ class Engine(Embedding):
         settings: Settings | None = None,
         grace: float | None = None,
         worker_threads: int | None = None,
+        runner: str | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._given = (storage, key_storage, serializer, settings, grace, worker_threads)
+        check_runner("The engine", runner)
+        self.runner = runner
         self.lock_manager = lock_manager
         self.clock = clock
         self.sleep = sleep

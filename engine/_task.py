@@ -30,7 +30,7 @@ from ._futures import TaskFuture
 from ._generators import RunStream, parent_for, stream_body
 from ._limits import Gate, check_size, parse_rate
 from ._mapping import spread
-from ._options import TaskOptions
+from ._options import TaskOptions, check_runner
 from ._owning import Owner, owner_here
 from ._policies import CachePolicy
 from ._processes import run_in_process
@@ -80,17 +80,10 @@ class Task(Definition[P, R]):
         self._choose_body()
 
     def _choose_body(self) -> None:
-        if self.runner not in (None, "process"):
-            raise ConfigurationError(
-                f"Task {self.name!r} has runner={self.runner!r}.",
-                "It may be 'process', or left out to run here.",
-            )
+        check_runner(f"Task {self.name!r}", self.runner, is_async=self.is_async)
         self.body: Callable[[TaskRun], Awaitable[R]] = self._async_body if self.is_async else self._sync_body
         if self.runner == "process":
             self.body = self._process_body
-
-    def _process_body(self, run: TaskRun) -> Awaitable[R]:
-        return run_in_process(run.engine, self.name, self.fn, run.args, run.kwargs)
 
     def _default_policy(self) -> CachePolicy:
         return _policies.DEFAULT
@@ -107,7 +100,12 @@ class Task(Definition[P, R]):
         awaitable: Awaitable[R] = self.fn(*run.args, **run.kwargs)
         return awaitable
 
+    def _process_body(self, run: TaskRun) -> Awaitable[R]:
+        return run_in_process(run.engine, self.name, self.fn, run.args, run.kwargs)
+
     async def _sync_body(self, run: TaskRun) -> R:
+        if self.runner is None and run.engine.runner == "process":
+            return await self._process_body(run)
         value = await in_thread(run.engine, _call, self.fn, run.args, run.kwargs)
         if inspect.iscoroutine(value):  # a plain wrapper around an async function
             value = await value
