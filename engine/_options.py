@@ -160,7 +160,8 @@ def seconds_of(timeout: float | timedelta | None) -> float | None:
 
 def check_delays(kind: str, name: str, delays: Any) -> None:
     """Refuse what is neither a number of seconds nor a sequence of them."""
-    for delay in [] if delays is None else delays if isinstance(delays, Sequence) else [delays]:
+    several = isinstance(delays, Sequence) and not isinstance(delays, (bytes, bytearray))
+    for delay in [] if delays is None else delays if several else [delays]:
         if not isinstance(delay, (int, float)) or not delay >= 0:
             raise ConfigurationError(
                 f"{kind} {name!r}: retry_delay_seconds must be 0 or more, got {delay!r}."

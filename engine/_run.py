@@ -82,6 +82,10 @@ async def perform(run: TaskRun | FlowRun, future: RunFuture[Any] | None = None) 
     except BaseException as error:
         if future is None or isinstance(error, _LOOP_ENDERS):
             raise
+        if run.state.data is not error and not isinstance(
+            error, CancelledError
+        ):  # of a hook, after the run's end
+            logger.exception("%s %r - %r after its end", definition.kind, run.name, error)
     finally:
         if future is not None:
             _sign_off(future)

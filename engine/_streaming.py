@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._commit import uncancelled
 from ._context import FlowRun, TaskRun, current_run
+from ._deadlocks import begin_waiting
 from ._engine import Engine, ambient, ambient_now
 from ._errors import ConfigurationError, RunCancelledError
 from ._futures import RunFuture, TaskFuture
@@ -93,7 +94,7 @@ class _Window:
         self._feeder: asyncio.Future[None] | None = None
         self._is_fed = False
         self._is_closed = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     # --- in
 
@@ -106,7 +107,13 @@ class _Window:
         try:
             try:
                 await (self._feed_async(items) if isinstance(items, AsyncIterable) else self._feed(items))
-            except Exception as error:  # raised to the reader, in its place
+            except asyncio.CancelledError:
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
+                    raise
+                self._error = RunCancelledError("Cancelled", f"the source of {self._task.name}.stream() was")
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # raised to the reader, in its place
                 self._error = error
             self._is_fed = True
             self._wake()
@@ -162,7 +169,7 @@ class _Window:
 
         Raises:
             RunCancelledError: The stream's owner has ended, and the stream with it.
-            Exception: What the source raised.
+            BaseException: What the source raised.
         """
         if self._is_closed:
             raise RunCancelledError("Cancelled", f"{self._task.name}.stream() ended with its owner")
@@ -187,4 +194,9 @@ class _Window:
     async def wait(self) -> None:
         """Until a run ends, or the source, or the stream."""
         self._reader = asyncio.get_running_loop().create_future()
-        await self._reader
+        waiting = begin_waiting(self._futures.values())  # as they will be: runs may start meanwhile
+        try:
+            await self._reader
+        finally:
+            if waiting is not None:
+                waiting.end()

@@ -81,7 +81,7 @@ async def test_an_exception_comes_back_with_its_traceback(engine: Engine) -> Non
 
 
 async def test_a_traceback_shows_lines_that_no_file_holds(engine: Engine) -> None:
-    """The lines of a notebook's cell, which only this process knows, are in the note as well, of inner functions too."""
+    """The lines of a notebook's cell, which only this process knows, are in the note as well."""
     source = "def outer(x):\n    def inner():\n        raise ValueError(x)\n    return inner()\n"
     linecache.cache["<cell 7>"] = (len(source), None, source.splitlines(keepends=True), "<cell 7>")
     names: dict[str, Any] = {"__name__": "__main__"}

@@ -480,3 +480,35 @@ async def test_parents_and_sources_that_are_streams(engine: Engine) -> None:
             assert parent is stream.run
 
     await main()
+
+
+class Odd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("error", "raised"), [(Odd, Odd), (asyncio.CancelledError, RunCancelledError), (ValueError, ValueError)]
+)
+async def test_whatever_a_source_raises_reaches_the_reader(
+    tmp_path: Path, error: type[BaseException], raised: type[BaseException], ordered: bool
+) -> None:
+    """Back-pressure aside, no error of the source is lost: neither a BaseException nor a stray cancellation."""
+
+    @task
+    async def same(x: int) -> int:
+        return x
+
+    async def items() -> AsyncIterator[int]:
+        yield 1
+        raise error("of the source")
+
+    @flow
+    async def main() -> None:
+        with pytest.raises(raised) as caught:
+            async for _ in same.stream(items(), ordered=ordered):
+                pass
+        assert "source" in str(caught.value)
+
+    async with Engine(storage=tmp_path):
+        await main()
