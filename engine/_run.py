@@ -111,8 +111,13 @@ async def _interrupted(
             run.enter("cancel", message=run.engine.interrupted or "cancelled while it ran")
         else:
             run.enter("crash", error, f"{type(error).__name__}: {error}")
-    if not isinstance(error, GeneratorExit):  # the coroutine was dropped, and may not await any more
+    if isinstance(error, GeneratorExit):  # the coroutine was dropped, and may not await any more
+        return
+    try:
         await end_shielded(run, definition)
+    finally:
+        if run.undo is not None:
+            await uncancelled(_caching.undo_unless_committed(run, definition))
 
 
 def _sign_off(future: RunFuture[Any]) -> None:

@@ -41,7 +41,8 @@ async def stream(
     engine = ambient_now() or await ambient(f"{task.name}.stream()") if owner is None else owner.engine
     window = _Window(task, engine, limit, ordered)
     feeder = asyncio.get_running_loop().create_task(window.feed(items))
-    known = _make_known(task.name, feeder, owner) if owner is not None else None
+    if owner is not None:
+        _make_known(task.name, feeder, owner)
     try:
         while not window.is_over():
             if (future := window.take()) is not None:
@@ -51,8 +52,6 @@ async def stream(
     finally:
         feeder.cancel()
         await uncancelled(_until_over(feeder))
-        if owner is not None and known is not None:
-            owner.running.discard(known)
 
 
 async def _until_over(work: asyncio.Task[None]) -> None:
@@ -66,7 +65,7 @@ class _StreamOfRuns(RunFuture[None]):
     is_stream = True
 
 
-def _make_known(name: str, feeder: asyncio.Task[None], owner: Owner) -> RunFuture[None]:
+def _make_known(name: str, feeder: asyncio.Task[None], owner: Owner) -> None:
     life = Life()
     life.name = f"{name}.stream"  # type: ignore[attr-defined]  # as much of a run as an owner needs
     life.pend()
@@ -74,7 +73,7 @@ def _make_known(name: str, feeder: asyncio.Task[None], owner: Owner) -> RunFutur
     future.owner = owner
     future._work = feeder
     owner.running.add(future)
-    return future
+    feeder.add_done_callback(lambda _: owner.running.discard(future))
 
 
 class _Window:
