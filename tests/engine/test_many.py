@@ -46,6 +46,7 @@ async def test_a_task_in_flight_takes_little_memory(verb: str, count: int) -> No
     @flow
     async def main() -> tuple[float, float, float]:
         nonlocal before
+        await trivial.map(range(count))  # what is allocated once is there now
         before = tracemalloc.get_traced_memory()[0]
         futures: Any = (
             waiting.map(range(count)) if verb == "map" else [waiting.submit(x) for x in range(count)]
@@ -111,19 +112,21 @@ async def test_the_work_for_a_task_does_not_grow_with_their_number(way: str) -> 
 async def test_ten_thousand_sleeping_tasks_need_no_thread() -> None:
     """W3: 10 000 tasks that sleep are 10 000 suspended coroutines: as many asyncio tasks, and no thread."""
     asleep = 0
+    all_asleep = asyncio.Event()
 
     @task
     async def sleeps(seconds: float) -> None:
         nonlocal asleep
         asleep += 1
+        if asleep == 10_000:
+            all_asleep.set()
         await asyncio.sleep(seconds)
 
     @flow
     async def main() -> tuple[int, int]:
         before = threading.active_count()
         futures = sleeps.map([0.2] * 10_000)
-        while asleep < 10_000:
-            await asyncio.sleep(0)
+        await all_asleep.wait()
         alive = len(asyncio.all_tasks()), threading.active_count() - before
         await futures
         return alive

@@ -195,7 +195,7 @@ async def test_an_endless_sync_source_is_taken_lazily(engine: Engine) -> None:
 
 @pytest.mark.parametrize("number", [100_000, pytest.param(1_000_000, marks=pytest.mark.chaos)])
 async def test_memory_is_bounded_by_the_limit(tmp_path: Path, number: int) -> None:
-    """W10: over 100 000 and 1 000 000 items, with 100 under way, no more runs, items and asyncio tasks are alive than that."""
+    """W10: over 100 000 and 1 000 000 items, with 100 under way, no more runs, items and tasks are alive than that."""
 
     class Item:
         alive = 0
