@@ -236,6 +236,18 @@ def _name_of(fn: Callable[..., Any]) -> str:
     return "lambda" if name == "<lambda>" else str(name)
 
 
+def unwrapped(fn: Any) -> Any:
+    """The function inside of partials."""
+    return unwrapped(fn.func) if isinstance(fn, functools.partial) else fn
+
+
+def is_async(fn: Any) -> bool:
+    """Whether calling it gives a coroutine: an async function, or an object with an async `__call__`."""
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(unwrapped(fn), "__call__", None)  # noqa: B004 - see above
+    )
+
+
 def _signature_of(fn: Callable[..., Any]) -> inspect.Signature:
     """The parameters of a callable; any, where it says nothing of them, as `int` and `max` do not."""
     try:

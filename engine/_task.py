@@ -21,7 +21,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast, ove
 from . import _policies
 from ._caching import explain, key_of, policy_of, wanted
 from ._context import FlowRun, TaskRun, current_run, current_tags
-from ._definition import Definition, check_no_wait_for
+from ._definition import Definition, check_no_wait_for, is_async, unwrapped
 from ._engine import ambient, ambient_now, current_engine
 from ._errors import ConfigurationError, NoActiveRunError
 from ._explain import Explanation
@@ -74,9 +74,7 @@ class Task(Definition[P, R]):
         self.is_limited = self.concurrency is not None or self._interval is not None
         self.is_bare = self.is_bare and not self.is_limited
         self.runner: str | None = self._stated.get("runner")
-        self.is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-            getattr(_unwrapped(fn), "__call__", None)  # noqa: B004 - an object with an async __call__
-        )
+        self.is_async = is_async(fn)
         self._choose_body()
 
     def _choose_body(self) -> None:
@@ -186,6 +184,10 @@ class Task(Definition[P, R]):
         """Start a run on the caller's loop, owned by the enclosing flow run, else by the entered engine.
 
         `wait_for=[…]` waits for other futures without passing their values.
+
+        To a type checker arguments are what the function takes: Python's types cannot say "each of these, or a
+        future of it". A call with a future among its arguments is accepted with a `wait_for`, and be it empty:
+        `double.submit(future, wait_for=())`; so are `map` and `run_to_state`. It gives up the check of its arguments.
 
         Raises:
             NoActiveRunError: There is neither.
@@ -325,7 +327,7 @@ class GeneratorTask(Task[P, T]):
                 f"Task {self.name!r} has runner={self.runner!r}, but it is a generator.",
                 "Its values come one by one, so it runs here; let it call a task that has the runner.",
             )
-        self.is_async = inspect.isasyncgenfunction(_unwrapped(self.fn))
+        self.is_async = inspect.isasyncgenfunction(unwrapped(self.fn))
         self.body = partial(stream_body, self)
 
     @overload
@@ -378,14 +380,10 @@ class GeneratorTask(Task[P, T]):
 
 
 def _make(fn: Callable[..., Any], options: Any) -> Task[..., Any]:
-    inner = _unwrapped(fn.__func__ if isinstance(fn, (classmethod, staticmethod)) else fn)
+    inner = unwrapped(fn.__func__ if isinstance(fn, (classmethod, staticmethod)) else fn)
     is_generator = inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner)
     kind = GeneratorTask if is_generator else Task
     return kind(fn, options)  # pyright: ignore[reportArgumentType]  # it narrows to what isinstance has asked for
-
-
-def _unwrapped(fn: Any) -> Any:
-    return _unwrapped(fn.func) if isinstance(fn, partial) else fn
 
 
 def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
