@@ -244,14 +244,17 @@ async def settle_arguments(run: TaskRun) -> None:
 
 
 def _upstream_error(upstream: Run) -> UpstreamFailedError:
-    error = UpstreamFailedError(upstream.name, repr(upstream.state))
-    error.__cause__ = upstream.state.error()
+    state = upstream.state
+    # What came from further up is told by the causes: each quoting the one before would double with every run.
+    told = isinstance(state.data, UpstreamFailedError)
+    error = UpstreamFailedError(upstream.name, state.name if told else repr(state))
+    error.__cause__ = state.error()
     return error
 
 
 def _not_ready(run: TaskRun | FlowRun, upstream: Run) -> None:
     error = _upstream_error(upstream)
-    run.enter("not_ready", error, str(error))
+    run.enter("not_ready", error, error.message)
     run.reason = "did not run: upstream failed"
 
 

@@ -542,3 +542,22 @@ async def test_a_flow_returns_the_values_of_futures() -> None:
     assert await in_flow(body) == {"a": 1, "b": [2, 3]}
     with pytest.raises(ValueError, match="no"):
         await in_flow(failing)
+
+
+async def test_the_message_of_a_long_chain_stays_short() -> None:
+    """F2: each run of a chain names the one before it, and only the first what failed; the causes tell the rest."""
+
+    async def body() -> list[Any]:
+        futures = [fails.submit("x")]
+        for _ in range(50):
+            futures.append(same.submit(futures[-1]))
+        await wait(futures)
+        return [future.state for future in futures]
+
+    states = await in_flow(body)
+    assert states[1].message.endswith("ended in state Failed('ValueError: x')")
+    assert all(state.message.endswith("ended in state NotReady") for state in states[2:])
+    error = states[-1].error()
+    for _ in range(50):
+        error = error.__cause__
+    assert repr(error) == "ValueError('x')"
