@@ -72,7 +72,7 @@ async def test_a_task_in_flight_takes_little_memory(verb: str, count: int) -> No
 
 @pytest.mark.parametrize("way", ["awaited", "submitted", "mapped", "streamed"])
 async def test_the_work_for_a_task_does_not_grow_with_their_number(way: str) -> None:
-    """W10: the calls of Python functions for each of 10 000 tasks are those for each of 1 000, and few."""
+    """B24, W10: the calls of Python functions for each of 10 000 tasks are those for each of 1 000, and few."""
 
     @flow
     async def main(count: int) -> None:
