@@ -247,7 +247,7 @@ class Replacement:
 
 def _twin(value: Any, parts: list[Any]) -> Any:
     """A tuple or a frozenset of the same type, a named one for instance, with other members."""
-    base = tuple if isinstance(value, tuple) else frozenset
+    base: Any = tuple if isinstance(value, tuple) else frozenset
     new: Any = base.__new__(type(value), parts)
     if hasattr(value, "__dict__"):
         new.__dict__.update(value.__dict__)
