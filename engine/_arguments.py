@@ -42,6 +42,12 @@ def _members_of(kind: type) -> Callable[[Any], Sequence[Any]] | None:
     return None
 
 
+def _walk_of(kind: type) -> Callable[[Any], Sequence[Any]] | None:
+    if kind not in _walks:
+        _walks[kind] = _members_of(kind)
+    return _walks[kind]
+
+
 class NotReady(Exception):
     """A run that this one depends on did not complete: an instruction to the shell, never seen by users."""
 
@@ -53,38 +59,61 @@ class NotReady(Exception):
 class Marked:
     """The futures and annotations in a value, and the containers that hold them."""
 
-    __slots__ = ("_forgiven", "_holders", "_seen", "parts")
+    __slots__ = ("_forgiven", "_holders", "_seen", "_walked", "parts")
 
     def __init__(self) -> None:
         self.parts: list[Any] = []
         self._holders: set[int] = set()
         self._seen: set[int] = set()
+        self._walked: list[Any] = []
         self._forgiven: list[tuple[allow_failure[Any], Marked]] = []
 
     def look(self, value: Any) -> bool:
         """Collect what is marked in a value, at any depth; whether there is anything. Touches no iterator.
 
-        A container of leaves costs one pass in C (`set(map(type, …))`), and none is walked twice.
+        A container of leaves costs one pass in C (`set(map(type, …))`), and none is walked twice. However deep it
+        is nested, nothing recurs.
         """
-        kind = type(value)
-        if kind in LEAVES:
-            return False
-        if issubclass(kind, (RunFuture, Annotation, FutureList)):
-            self._note(value)
-            return True
-        if kind not in _walks:
-            _walks[kind] = _members_of(kind)
-        members_of = _walks[kind]
-        if members_of is None:
-            return False
-        if id(value) not in self._seen:
+        found = len(self.parts)
+        walked: list[Any] = []
+        ahead = [value]
+        while ahead:
+            value = ahead.pop()
+            kind = type(value)
+            if kind in LEAVES:
+                continue
+            if issubclass(kind, (RunFuture, Annotation, FutureList)):
+                self._note(value)
+                continue
+            members_of = _walk_of(kind)
+            if members_of is None or id(value) in self._seen:
+                continue
             self._seen.add(id(value))
             members = members_of(value)
             if not set(map(type, members)) <= LEAVES:
-                held = [self.look(member) for member in members if type(member) not in LEAVES]
-                if any(held):
-                    self._holders.add(id(value))
-        return id(value) in self._holders
+                walked.append(value)
+                ahead += [member for member in reversed(members) if type(member) not in LEAVES]
+        self._walked += walked
+        if len(self.parts) > found:
+            self._find_holders()
+            return True
+        return False
+
+    def _find_holders(self) -> None:
+        """The containers from which something marked can be reached."""
+        above: dict[int, list[int]] = {}
+        for value in self._walked:
+            members = _walk_of(type(value))
+            assert members is not None
+            for member in members(value):
+                if type(member) not in LEAVES:
+                    above.setdefault(id(member), []).append(id(value))
+        ahead = [id(part) for part in self.parts]
+        while ahead:
+            for place in above.get(ahead.pop(), ()):
+                if place not in self._holders:
+                    self._holders.add(place)
+                    ahead.append(place)
 
     def _note(self, part: Any) -> None:
         self.parts.append(part)
@@ -153,7 +182,10 @@ def _values_of(futures: FutureList[Any], forgive: bool) -> Any:
 
 
 class Replacement:
-    """Puts what a `Marked` found in its place: structure is kept, what holds nothing is the same object."""
+    """Puts what a `Marked` found in its place: structure is kept, what holds nothing is the same object.
+
+    A container that holds itself does so afterwards, unless it is a tuple or a frozenset: there the cycle ends.
+    """
 
     __slots__ = ("_holders", "_memo", "_settled")
 
@@ -166,28 +198,57 @@ class Replacement:
         if type(value) in LEAVES:
             return value
         place = id(value)
-        if place in self._settled:
-            return self._settled[place]
-        if place not in self._holders:
-            return value
-        if place not in self._memo:
-            self._memo[place] = value  # a cycle ends here
-            self._memo[place] = self._rebuilt(value)
-        return self._memo[place]
+        if place in self._holders and place not in self._memo:
+            self._rebuild(value)
+        return self._in_place_of(value)
 
-    def _rebuilt(self, value: Any) -> Any:
-        kind = type(value)
-        if isinstance(value, dict):
-            items = [(self(key), self(item)) for key, item in value.items()]
-            copy = value.copy()  # keeps what a subclass carries, as a defaultdict its factory
-            copy.clear()
-            copy.update(items)
-            return copy
-        if isinstance(value, (list, tuple, set, frozenset)):
-            parts = [self(part) for part in value]
-            return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
-        twin = shallow(value)
-        for field in fields(value):
-            if hasattr(value, field.name):
-                object.__setattr__(twin, field.name, self(getattr(value, field.name)))
-        return twin
+    def _in_place_of(self, value: Any) -> Any:
+        place = id(value)
+        return self._settled[place] if place in self._settled else self._memo.get(place, value)
+
+    def _rebuild(self, value: Any) -> None:
+        """Make the containers anew that hold something, the inner ones first."""
+        ahead, done = [value], set[int]()
+        while ahead:
+            value = ahead[-1]
+            place = id(value)
+            if place in self._memo:
+                ahead.pop()
+                if place not in done:
+                    done.add(place)
+                    self._fill(value)
+                continue
+            self._memo[place] = value if isinstance(value, (tuple, frozenset)) else shallow(value)
+            members_of = _walk_of(type(value))
+            assert members_of is not None
+            ahead += [
+                each for each in members_of(value) if id(each) in self._holders and id(each) not in self._memo
+            ]
+
+    def _fill(self, value: Any) -> None:
+        new, of = self._memo[id(value)], self._in_place_of
+        if is_dataclass(value):
+            for field in fields(value):
+                if hasattr(value, field.name):
+                    object.__setattr__(new, field.name, of(getattr(value, field.name)))
+        elif isinstance(value, dict):
+            items = [(of(key), of(item)) for key, item in value.items()]
+            new.clear()
+            new.update(items)
+        elif isinstance(value, list):
+            new[:] = map(of, value)
+        elif isinstance(value, set):
+            parts = [of(part) for part in value]
+            new.clear()
+            new.update(parts)
+        else:
+            self._memo[id(value)] = _twin(value, [of(part) for part in value])
+
+
+def _twin(value: Any, parts: list[Any]) -> Any:
+    """A tuple or a frozenset of the same type, a named one for instance, with other members."""
+    base: Any = tuple if isinstance(value, tuple) else frozenset
+    new: Any = base.__new__(type(value), parts)
+    if hasattr(value, "__dict__"):
+        new.__dict__.update(value.__dict__)
+    return new

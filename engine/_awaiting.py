@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any, TypeVar
 
 from ._deadlocks import begin_waiting
-from ._futures import RunFuture, check_timeout
+from ._futures import RunFuture, check_futures, check_loop, check_timeout
 from ._states import COMPLETED
 
 R = TypeVar("R")
@@ -19,7 +19,8 @@ async def wait(
 ) -> tuple[set[RunFuture[R]], set[RunFuture[R]]]:
     """Wait for all futures, `timeout` seconds at most: `(done, not_done)`. Never raises for a failed run."""
     check_timeout(timeout)
-    futures = list(futures)
+    futures = check_futures("wait", futures)
+    check_loop(futures)
     works = {future._work for future in futures if not future._work.done()}
     waiting = begin_waiting(futures, for_good=timeout is None)
     try:
@@ -44,7 +45,8 @@ async def as_completed(
             those that are already done are still yielded.
     """
     check_timeout(timeout)
-    futures = list(dict.fromkeys(futures))
+    futures = list(dict.fromkeys(check_futures("as_completed", futures)))
+    check_loop(futures)
     loop = asyncio.get_running_loop()
     finished: deque[RunFuture[R]] = deque(future for future in futures if future._work.done())
     pending = {future._work: future for future in futures if not future._work.done()}
@@ -93,6 +95,7 @@ async def all_done(futures: Iterable[RunFuture[Any]], stop_on_failure: bool) -> 
     pending = {future._work: future for future in futures if not future._work.done()}
     if not pending or (stop_on_failure and any(_has_failed(f) for f in futures if f._work not in pending)):
         return
+    check_loop(pending.values())
     waiting = begin_waiting(pending.values())
     waiter = asyncio.get_running_loop().create_future()
 

@@ -132,6 +132,20 @@ async def call_for(
     return Call(run, definition, attempts, policy, place, key, where, _must_refresh(run, definition))
 
 
+async def undo_unless_committed(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
+    """Remove what a run that was broken off has stored beside its record, unless that was written after all."""
+    assert run.key is not None
+    assert run.undo is not None
+    try:
+        place = run.engine.place_for(run, policy_of(run, definition))
+        found = await run.engine.records.lookup(place, run.key)
+    except Exception as error:  # a storage of the user's own may raise anything
+        logger.warning("%s %r - what it has stored stays behind: %s", definition.kind, run.name, error)
+        return
+    if not isinstance(found, Hit) or found.header.run_id != run.id:
+        await run.undo()
+
+
 async def look_up_value(call: Call) -> Any:
     """The value of the committed record, without a change of state; None where there is none."""
     run = call.run

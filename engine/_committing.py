@@ -126,6 +126,8 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
     except Exception as error:  # a storage of the user's own may raise anything
         if txn is not None:
             txn.break_with(CommitError(key.text, str(error), run.name))
+        elif run.undo is not None:
+            await run.undo()
         logger.warning(
             "%s %r - its result could not be stored, and is not cached: %s", definition.kind, run.name, error
         )

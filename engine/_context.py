@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
@@ -70,6 +70,8 @@ class Run(Life):
     name_template: str | Callable[..., str] | None = None
     carrier: asyncio.Task[Any] | None = None
     """The asyncio task of a run that an engine knows of."""
+    undo: Callable[[], Awaitable[None]] | None = None
+    """Removes what the run has stored beside its record, for the case that there will be no record."""
     _id: str | None = None
     _name: str | None = None
 

@@ -46,7 +46,7 @@ class Definition(Generic[P, R]):
         self.tags = self._checked_tags(said("tags", ()))
         if self.tags:
             self._stated["tags"] = self.tags  # the caller's own collection may change
-        self.signature = inspect.signature(fn)
+        self.signature = _signature_of(fn)
         self._bind = _binder(self.signature)
         check_retries(self.kind, self.name, self._stated)
         self.retries: int | None = said("retries")
@@ -234,6 +234,27 @@ def _name_of(fn: Callable[..., Any]) -> str:
         return _name_of(fn.func)
     name = getattr(fn, "__name__", None) or type(fn).__name__
     return "lambda" if name == "<lambda>" else str(name)
+
+
+def unwrapped(fn: Any) -> Any:
+    """The function inside of partials."""
+    return unwrapped(fn.func) if isinstance(fn, functools.partial) else fn
+
+
+def is_async(fn: Any) -> bool:
+    """Whether calling it gives a coroutine: an async function, or an object with an async `__call__`."""
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(unwrapped(fn), "__call__", None)  # noqa: B004 - see above
+    )
+
+
+def _signature_of(fn: Callable[..., Any]) -> inspect.Signature:
+    """The parameters of a callable; any, where it says nothing of them, as `int` and `max` do not."""
+    try:
+        return inspect.signature(fn)
+    except ValueError:
+        kinds = {"args": inspect.Parameter.VAR_POSITIONAL, "kwargs": inspect.Parameter.VAR_KEYWORD}
+        return inspect.Signature([inspect.Parameter(name, kind) for name, kind in kinds.items()])
 
 
 def _binder(signature: inspect.Signature) -> Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from asyncio import CancelledError
 from typing import TYPE_CHECKING, Any
 
 from ._commit import uncancelled
@@ -69,6 +70,10 @@ async def call_hooks(run: TaskRun | FlowRun, definition: Definition[..., Any], e
             outcome = hook(definition, run, run.state)
             if inspect.isawaitable(outcome):
                 await outcome
+        except CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
+                raise
+            logger.exception("%s %r - Hook %r was cancelled", definition.kind, run.name, name)
         except Exception:
             logger.exception("%s %r - Hook %r raised", definition.kind, run.name, name)
         else:

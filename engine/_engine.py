@@ -22,6 +22,7 @@ from ._errors import ConfigurationError, EngineClosedError
 from ._explain import Explainer
 from ._flights import Room
 from ._limits import Limits
+from ._options import check_runner
 from ._records import Records
 from ._settings import Settings, stamp
 from ._stores import SerializerLike, StorageLike, Stores
@@ -55,7 +56,10 @@ class Engine(Embedding, Stores):
         serializer: For tasks and flows that name none.
         settings: In place of those of the environment.
         grace: Seconds that leaving waits for runs before it cancels them.
-        worker_threads: How many synchronous bodies run at once.
+        worker_threads: How many synchronous bodies run at once in threads.
+        runner: Where the bodies of synchronous tasks run that name no runner: `"thread"`, which is the default, or
+            `"process"`, in worker processes, one for each core, where they see their arguments and nothing else.
+            Async bodies, generators and flows run here whatever it says, and so do look-ups, locks and commits.
         clock: Unix time in seconds, for expiry.
         sleep: Waits before retries, in seconds.
     """
@@ -70,11 +74,14 @@ class Engine(Embedding, Stores):
         settings: Settings | None = None,
         grace: float | None = None,
         worker_threads: int | None = None,
+        runner: str | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         _check(storage, key_storage, lock_manager, settings, grace, worker_threads)
         self._given = (storage, key_storage, serializer, settings, grace, worker_threads)
+        check_runner("The engine", runner)
+        self.runner = runner
         self.lock_manager = lock_manager
         self.clock = clock
         self.sleep = sleep

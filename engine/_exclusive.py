@@ -128,13 +128,13 @@ async def _publish(
             reason = error.reason
         found = await _take_again(call, manager, flight, held, miss, patience)
         if isinstance(found, Hit):
-            _not_published(call, reason, "The other holder's result is returned.")
+            await _not_published(call, reason, "The other holder's result is returned.")
             call.run.state.data = found.value
             return None
         if found is None:
             break
         miss, held = found, flight.held
-    _not_published(call, reason, "It is returned all the same.")
+    await _not_published(call, reason, "It is returned all the same.")
     return None
 
 
@@ -162,9 +162,11 @@ async def _take_again(
         return None
 
 
-def _not_published(call: Call, reason: str, instead: str) -> None:
+async def _not_published(call: Call, reason: str, instead: str) -> None:
     run = call.run
     logger.warning("%s %r - its result is not published: %s. %s", run.kind, run.name, reason, instead)
+    if run.undo is not None:
+        await run.undo()
 
 
 def _for_waiters(

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 from ._ambient import ambient, ambient_now
 from ._arguments import Marked
 from ._context import FlowRun, TaskRun, current_run, current_tags, current_transaction
-from ._definition import Definition, F, check_no_wait_for
+from ._definition import Definition, F, check_no_wait_for, is_async
 from ._engine import Engine, current_engine
 from ._future_lists import FutureList
 from ._futures import FlowFuture, RunFuture
@@ -46,7 +46,7 @@ class Flow(Definition[P, R]):
         self.flow_run_name = self._stated.get("flow_run_name")
         self.validate_parameters: bool = self._stated.get("validate_parameters", True)
         self._validator = Validator(fn, self.signature, self.name) if self.validate_parameters else None
-        self.is_async = inspect.iscoroutinefunction(fn)
+        self.is_async = is_async(fn)
 
     def _default_policy(self) -> CachePolicy | None:
         return None
@@ -157,6 +157,8 @@ class Flow(Definition[P, R]):
                 value = await self.fn(*args, **kwargs)
             else:
                 value = await in_thread(run.engine, _call, self.fn, args, kwargs)
+                if inspect.iscoroutine(value):  # a plain wrapper around an async function
+                    value = await value
             value = await _resolve(value)
             await finish(run, f"flow run {run.name!r}")
         except BaseException:

@@ -23,6 +23,7 @@ class FutureList(list["TaskFuture[R]"]):
     def __await__(self) -> Generator[Any, None, list[R]]:
         return self.result().__await__()
 
+    __hash__ = object.__hash__  # type: ignore[assignment]  # asyncio.gather(a.map(…), b.map(…)) looks it up in a dict
     _filling: RunFuture[None] | None = None
 
     def is_filled(self) -> bool:

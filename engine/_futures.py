@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ._deadlocks import begin_waiting
+from ._errors import ConfigurationError
 from ._logging import logger
 from ._states import CANCELLED, COMPLETED, State
 
@@ -101,7 +102,16 @@ class RunFuture(Generic[R]):
         return self._work.done()
 
     def cancel(self) -> bool:
-        """Ask the run to end as Cancelled; whether it was still running. What it awaits is cancelled as well."""
+        """Ask the run to end as Cancelled; whether it was still running. What it awaits is cancelled as well.
+
+        May be called in any thread, such as that of a synchronous body.
+        """
+        if self._work.done():
+            return False
+        loop = self._work.get_loop()
+        if not _is_running_here(loop):
+            loop.call_soon_threadsafe(self.cancel)
+            return True
         if self.run.state.name == "Pending":  # may never take its first step, and so not sign off
             self._work.add_done_callback(self._sign_off)
         return self._work.cancel()
@@ -117,6 +127,7 @@ class RunFuture(Generic[R]):
         """
         check_timeout(timeout)
         if not self._work.done():
+            check_loop((self,))
             waiting = begin_waiting((self,), for_good=timeout is None)
             try:
                 await asyncio.wait([self._work], timeout=timeout)
@@ -138,6 +149,7 @@ class RunFuture(Generic[R]):
 
     def __await__(self) -> Generator[Any, None, R]:
         if not self._work.done():
+            check_loop((self,))
             waiting = begin_waiting((self,))
             try:
                 yield from _until_done(self._work).__await__()
@@ -217,6 +229,43 @@ class FlowFuture(RunFuture[R]):
         self.tell()
 
 
+def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+def check_loop(futures: Iterable[RunFuture[Any]]) -> None:
+    """Refuse to wait here for runs of another loop: their ends would not wake this one.
+
+    Raises:
+        ConfigurationError: Names the first.
+    """
+    loop = asyncio.get_running_loop()
+    for future in futures:
+        if not future._work.done() and future._work.get_loop() is not loop:
+            raise ConfigurationError(
+                f"Run {future.name!r} is under way on another event loop, so it cannot be awaited here.",
+                "Await it there, and pass its value on.",
+            )
+
+
+def check_futures(what: str, futures: Iterable[RunFuture[R]]) -> list[RunFuture[R]]:
+    """The futures as a list.
+
+    Raises:
+        TypeError: Something in it is no future.
+    """
+    listed = list(futures)
+    for each in listed:
+        if not isinstance(each, RunFuture):
+            raise TypeError(
+                f"{what}() takes futures, as submit() and map() return them, not {type(each).__name__}."
+            )
+    return listed
+
+
 def check_timeout(timeout: float | None) -> None:
-    if timeout is not None and timeout < 0:
+    if timeout is not None and not timeout >= 0:  # nan too
         raise ValueError(f"timeout must not be negative, got {timeout}.")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ._chunks import ChunkReader, ChunkWriter
 from ._commit import uncancelled
 from ._context import FlowRun, TaskRun
+from ._deadlocks import begin_waiting
 from ._errors import RunTimeoutError
 from ._futures import TaskFuture
 from ._kernel import Retry
@@ -161,7 +162,7 @@ class _Reading(Generic[T]):
     async def values(self) -> AsyncGenerator[T, None]:
         """The values as the body yields them; the body's failure is raised, and ends with the run all told."""
         try:
-            while (value := await self._channel.ask()) is not _END:
+            while (value := await self._next()) is not _END:
                 self._link.show(value)
                 yield value
                 self._link.hide()
@@ -175,6 +176,14 @@ class _Reading(Generic[T]):
         state = self._future.state
         if not state.is_completed():
             raise state.error()
+
+    async def _next(self) -> Any:
+        waiting = begin_waiting((self._future,))  # refused where the body waits for its reader
+        try:
+            return await self._channel.ask()
+        finally:
+            if waiting is not None:
+                waiting.end()
 
 
 async def _until_over(work: asyncio.Task[Any]) -> None:
@@ -280,7 +289,11 @@ async def stream_body(task: GeneratorTask[..., Any], run: TaskRun) -> Any:
             if not await run.channel.give(value):
                 run.enter("cancel", message="the stream was closed before its end")
                 raise asyncio.CancelledError
-        return await writer.finish() if writer is not None else None
+        if writer is None:
+            return None
+        names = await writer.finish()
+        run.undo = writer.discard
+        return names
     except BaseException:
         await uncancelled(_clean_up(body, writer))
         raise

@@ -11,7 +11,7 @@ table in the tests, without an event loop. (The pattern: dask's worker_state_mac
     start        Pending, Waiting                             Running        RUNNING
     hit          Pending, Waiting                             Cached         COMPLETED, final
     complete     Running, Retrying                            Completed      COMPLETED, final
-    fail         Pending, Waiting, Running, Retrying          Failed         FAILED, final
+    fail         any that is not final                        Failed         FAILED, final
     time_out     Waiting, Running, Retrying                   TimedOut       FAILED, final
     put_off      Running, Retrying                            AwaitingRetry  SCHEDULED
     retry        Running, Retrying, AwaitingRetry, Waiting    Retrying       RUNNING
@@ -51,7 +51,7 @@ TABLE: dict[str, tuple[tuple[str, ...], str, StateType]] = {
     "start": (("Pending", "Waiting"), "Running", RUNNING),
     "hit": (("Pending", "Waiting"), "Cached", COMPLETED),
     "complete": (("Running", "Retrying"), "Completed", COMPLETED),
-    "fail": (("Pending", "Waiting", "Running", "Retrying"), "Failed", FAILED),
+    "fail": (_OPEN, "Failed", FAILED),
     "time_out": (("Waiting", "Running", "Retrying"), "TimedOut", FAILED),
     "put_off": (("Running", "Retrying"), "AwaitingRetry", SCHEDULED),
     "retry": (("Running", "Retrying", "AwaitingRetry", "Waiting"), "Retrying", RUNNING),

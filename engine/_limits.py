@@ -153,12 +153,15 @@ def _end(holds: dict[Slots, Hold]) -> None:
 
 
 def _lent(run: Run, slots: Slots) -> list[Slots]:
-    """The slots of this limit that the run's callers hold."""
+    """The slots of this limit that the run's callers hold, and the streams whose values they have in hand: the body
+    of such a one waits for its reader."""
     lent: list[Slots] = []
     caller = run.parent
     while caller is not None:
-        if caller.holds and slots in caller.holds:
-            lent.append(caller.holds[slots])
+        holders = (caller, *(link.run for link in caller.links)) if caller.links else (caller,)
+        lent += [
+            each.holds[slots] for each in holders if each is not None and each.holds and slots in each.holds
+        ]
         caller = caller.parent
     return lent
 

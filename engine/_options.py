@@ -65,7 +65,9 @@ class TaskOptions(CommonOptions, total=False):
     rate: str | None
     """How many may begin in a time: `"5/s"`, `"100/min"`."""
     runner: str | None
-    """Where the body runs: `"process"` for CPU-bound work; here by default."""
+    """Where the body runs: `"process"` for CPU-bound work, `"thread"` for a synchronous body in a thread of the
+    engine's. By default on the loop if it is async, else where the engine says: in a thread, unless that says
+    `Engine(runner="process")`."""
 
 
 class FlowOptions(CommonOptions, total=False):
@@ -86,6 +88,26 @@ HOOKS = (
     "on_cancellation",
     "on_crashed",
 )
+
+
+RUNNERS = ("thread", "process")
+
+
+def check_runner(what: str, runner: Any, *, is_async: bool = False) -> None:
+    """Refuse a place where no body can run.
+
+    Raises:
+        ConfigurationError: There is no such runner, or it is a thread for an async body.
+    """
+    if runner is not None and runner not in RUNNERS:
+        raise ConfigurationError(
+            f"{what} has runner={runner!r}.", "It may be 'thread' or 'process', or left out."
+        )
+    if runner == "thread" and is_async:
+        raise ConfigurationError(
+            f"{what} has runner='thread', but its body is async.",
+            "Leave it out, and it runs on the loop; or make the body a plain function.",
+        )
 
 
 def check_known(kind: str, options: Mapping[str, Any], known: type) -> None:
@@ -138,7 +160,8 @@ def seconds_of(timeout: float | timedelta | None) -> float | None:
 
 def check_delays(kind: str, name: str, delays: Any) -> None:
     """Refuse what is neither a number of seconds nor a sequence of them."""
-    for delay in [] if delays is None else delays if isinstance(delays, Sequence) else [delays]:
+    several = isinstance(delays, Sequence) and not isinstance(delays, (bytes, bytearray))
+    for delay in [] if delays is None else delays if several else [delays]:
         if not isinstance(delay, (int, float)) or not delay >= 0:
             raise ConfigurationError(
                 f"{kind} {name!r}: retry_delay_seconds must be 0 or more, got {delay!r}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_type_hints
 
 from ._errors import ConfigurationError, ParameterError
@@ -35,8 +36,13 @@ class Validator:
         return self._adapters is not None
 
     def _read_hints(self) -> dict[str, Any]:
+        fn: Any = self._fn
+        while isinstance(fn, partial):
+            fn = fn.func
+        if not inspect.isroutine(fn) and not isinstance(fn, type):
+            fn = type(fn).__call__  # an object that is called
         try:
-            hints = get_type_hints(self._fn, include_extras=True)
+            hints = get_type_hints(fn, include_extras=True)
         except NameError as error:
             raise ConfigurationError(
                 f"Flow {self._name!r} cannot validate its parameters: {error}.",

@@ -84,6 +84,10 @@ async def perform(run: TaskRun | FlowRun, future: RunFuture[Any] | None = None) 
     except BaseException as error:
         if future is None or isinstance(error, _LOOP_ENDERS):
             raise
+        if run.state.data is not error and not isinstance(
+            error, CancelledError
+        ):  # of a hook, after the run's end
+            logger.exception("%s %r - %r after its end", definition.kind, run.name, error)
     finally:
         if future is not None:
             _sign_off(future)
@@ -109,8 +113,13 @@ async def _interrupted(
             run.enter("cancel", message=run.engine.interrupted or "cancelled while it ran")
         else:
             run.enter("crash", error, f"{type(error).__name__}: {error}")
-    if not isinstance(error, GeneratorExit):  # the coroutine was dropped, and may not await any more
+    if isinstance(error, GeneratorExit):  # the coroutine was dropped, and may not await any more
+        return
+    try:
         await end_shielded(run, definition)
+    finally:
+        if run.undo is not None:
+            await uncancelled(_caching.undo_unless_committed(run, definition))
 
 
 def _sign_off(future: RunFuture[Any]) -> None:
@@ -241,14 +250,17 @@ async def settle_arguments(run: TaskRun) -> None:
 
 
 def _upstream_error(upstream: Run) -> UpstreamFailedError:
-    error = UpstreamFailedError(upstream.name, repr(upstream.state))
-    error.__cause__ = upstream.state.error()
+    state = upstream.state
+    # What came from further up is told by the causes: each quoting the one before would double with every run.
+    told = isinstance(state.data, UpstreamFailedError)
+    error = UpstreamFailedError(upstream.name, state.name if told else repr(state))
+    error.__cause__ = state.error()
     return error
 
 
 def _not_ready(run: TaskRun | FlowRun, upstream: Run) -> None:
     error = _upstream_error(upstream)
-    run.enter("not_ready", error, str(error))
+    run.enter("not_ready", error, error.message)
     run.reason = "did not run: upstream failed"
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ._ambient import ambient, ambient_now
 from ._commit import uncancelled
 from ._context import FlowRun, TaskRun, current_run
+from ._deadlocks import begin_waiting
 from ._engine import Engine
 from ._errors import ConfigurationError, RunCancelledError
 from ._futures import RunFuture, TaskFuture
@@ -41,7 +42,8 @@ async def stream(
     engine = ambient_now() or await ambient(f"{task.name}.stream()") if owner is None else owner.engine
     window = _Window(task, engine, limit, ordered)
     feeder = asyncio.get_running_loop().create_task(window.feed(items))
-    known = _make_known(task.name, feeder, owner) if owner is not None else None
+    if owner is not None:
+        _make_known(task.name, feeder, owner)
     try:
         while not window.is_over():
             if (future := window.take()) is not None:
@@ -51,8 +53,6 @@ async def stream(
     finally:
         feeder.cancel()
         await uncancelled(_until_over(feeder))
-        if owner is not None and known is not None:
-            owner.running.discard(known)
 
 
 async def _until_over(work: asyncio.Task[None]) -> None:
@@ -66,7 +66,7 @@ class _StreamOfRuns(RunFuture[None]):
     is_stream = True
 
 
-def _make_known(name: str, feeder: asyncio.Task[None], owner: Owner) -> RunFuture[None]:
+def _make_known(name: str, feeder: asyncio.Task[None], owner: Owner) -> None:
     life = Life()
     life.name = f"{name}.stream"  # type: ignore[attr-defined]  # as much of a run as an owner needs
     life.pend()
@@ -74,7 +74,7 @@ def _make_known(name: str, feeder: asyncio.Task[None], owner: Owner) -> RunFutur
     future.owner = owner
     future._work = feeder
     owner.running.add(future)
-    return future
+    feeder.add_done_callback(lambda _: owner.running.discard(future))
 
 
 class _Window:
@@ -94,7 +94,7 @@ class _Window:
         self._feeder: asyncio.Future[None] | None = None
         self._is_fed = False
         self._is_closed = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     # --- in
 
@@ -107,7 +107,13 @@ class _Window:
         try:
             try:
                 await (self._feed_async(items) if isinstance(items, AsyncIterable) else self._feed(items))
-            except Exception as error:  # raised to the reader, in its place
+            except asyncio.CancelledError:
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
+                    raise
+                self._error = RunCancelledError("Cancelled", f"the source of {self._task.name}.stream() was")
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # raised to the reader, in its place
                 self._error = error
             self._is_fed = True
             self._wake()
@@ -163,7 +169,7 @@ class _Window:
 
         Raises:
             RunCancelledError: The stream's owner has ended, and the stream with it.
-            Exception: What the source raised.
+            BaseException: What the source raised.
         """
         if self._is_closed:
             raise RunCancelledError("Cancelled", f"{self._task.name}.stream() ended with its owner")
@@ -188,4 +194,9 @@ class _Window:
     async def wait(self) -> None:
         """Until a run ends, or the source, or the stream."""
         self._reader = asyncio.get_running_loop().create_future()
-        await self._reader
+        waiting = begin_waiting(self._futures.values())  # as they will be: runs may start meanwhile
+        try:
+            await self._reader
+        finally:
+            if waiting is not None:
+                waiting.end()

@@ -22,7 +22,7 @@ from . import _policies
 from ._ambient import ambient, ambient_now
 from ._caching import explain, key_of, policy_of, wanted
 from ._context import FlowRun, TaskRun, current_run, current_tags
-from ._definition import Definition, check_no_wait_for
+from ._definition import Definition, check_no_wait_for, is_async, unwrapped
 from ._engine import current_engine
 from ._errors import ConfigurationError, NoActiveRunError
 from ._explain import Explanation
@@ -31,7 +31,7 @@ from ._futures import TaskFuture
 from ._generators import RunStream, parent_for, stream_body
 from ._limits import Gate, check_size, parse_rate
 from ._mapping import spread
-from ._options import TaskOptions
+from ._options import TaskOptions, check_runner
 from ._owning import Owner, owner_here
 from ._policies import CachePolicy
 from ._processes import run_in_process
@@ -75,23 +75,14 @@ class Task(Definition[P, R]):
         self.is_limited = self.concurrency is not None or self._interval is not None
         self.is_bare = self.is_bare and not self.is_limited
         self.runner: str | None = self._stated.get("runner")
-        self.is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-            getattr(_unwrapped(fn), "__call__", None)  # noqa: B004 - an object with an async __call__
-        )
+        self.is_async = is_async(fn)
         self._choose_body()
 
     def _choose_body(self) -> None:
-        if self.runner not in (None, "process"):
-            raise ConfigurationError(
-                f"Task {self.name!r} has runner={self.runner!r}.",
-                "It may be 'process', or left out to run here.",
-            )
+        check_runner(f"Task {self.name!r}", self.runner, is_async=self.is_async)
         self.body: Callable[[TaskRun], Awaitable[R]] = self._async_body if self.is_async else self._sync_body
         if self.runner == "process":
             self.body = self._process_body
-
-    def _process_body(self, run: TaskRun) -> Awaitable[R]:
-        return run_in_process(run.engine, self.name, self.fn, run.args, run.kwargs)
 
     def _default_policy(self) -> CachePolicy:
         return _policies.DEFAULT
@@ -108,7 +99,12 @@ class Task(Definition[P, R]):
         awaitable: Awaitable[R] = self.fn(*run.args, **run.kwargs)
         return awaitable
 
+    def _process_body(self, run: TaskRun) -> Awaitable[R]:
+        return run_in_process(run.engine, self.name, self.fn, run.args, run.kwargs)
+
     async def _sync_body(self, run: TaskRun) -> R:
+        if self.runner is None and run.engine.runner == "process":
+            return await self._process_body(run)
         value = await in_thread(run.engine, _call, self.fn, run.args, run.kwargs)
         if inspect.iscoroutine(value):  # a plain wrapper around an async function
             value = await value
@@ -189,6 +185,10 @@ class Task(Definition[P, R]):
         """Start a run on the caller's loop, owned by the enclosing flow run, else by the entered engine.
 
         `wait_for=[…]` waits for other futures without passing their values.
+
+        To a type checker arguments are what the function takes: Python's types cannot say "each of these, or a
+        future of it". A call with a future among its arguments is accepted with a `wait_for`, and be it empty:
+        `double.submit(future, wait_for=())`; so are `map` and `run_to_state`. It gives up the check of its arguments.
 
         Raises:
             NoActiveRunError: There is neither.
@@ -328,7 +328,7 @@ class GeneratorTask(Task[P, T]):
                 f"Task {self.name!r} has runner={self.runner!r}, but it is a generator.",
                 "Its values come one by one, so it runs here; let it call a task that has the runner.",
             )
-        self.is_async = inspect.isasyncgenfunction(_unwrapped(self.fn))
+        self.is_async = inspect.isasyncgenfunction(unwrapped(self.fn))
         self.body = partial(stream_body, self)
 
     @overload
@@ -381,14 +381,10 @@ class GeneratorTask(Task[P, T]):
 
 
 def _make(fn: Callable[..., Any], options: Any) -> Task[..., Any]:
-    inner = _unwrapped(fn.__func__ if isinstance(fn, (classmethod, staticmethod)) else fn)
+    inner = unwrapped(fn.__func__ if isinstance(fn, (classmethod, staticmethod)) else fn)
     is_generator = inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner)
     kind = GeneratorTask if is_generator else Task
     return kind(fn, options)  # pyright: ignore[reportArgumentType]  # it narrows to what isinstance has asked for
-
-
-def _unwrapped(fn: Any) -> Any:
-    return _unwrapped(fn.func) if isinstance(fn, partial) else fn
 
 
 def _call(fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:

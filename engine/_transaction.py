@@ -371,7 +371,10 @@ class transaction:
             if self._broken is not None:
                 raise self._broken
             await write(self)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, CommitError) and error.in_doubt:
+                for run in self._runs:
+                    run.undo = None  # its record may be visible
             await self.roll_back()
             raise
         self._settle("COMMITTED")
@@ -388,6 +391,9 @@ class transaction:
             if run.state.is_completed() and run.state.name != "RolledBack":
                 run.enter("roll_back", run.state.data, "rolled back with its transaction")
         await self._release(committed=False)
+        for run in self._runs:
+            if run.undo is not None:
+                await run.undo()
         await call_hooks(self._hooks, "on_rollback")
 
     def _settle(self, state: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -199,3 +199,50 @@ async def test_a_finished_ancestor_is_no_deadlock() -> None:
         return await same.submit([future, future])
 
     assert await in_flow(body) == [1, 1]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_a_streamed_run_that_waits_for_its_reader_is_refused(ordered: bool) -> None:
+    """F1: what waits for the reader of the stream that it belongs to would wait for ever; the reader is told."""
+    box: dict[str, Any] = {}
+
+    @task(name="item")
+    async def item(x: int) -> Any:
+        await asyncio.sleep(0)
+        return await box["reader"]
+
+    @task(name="reader")
+    async def reader() -> list[Any]:
+        return [value async for value in item.stream([1], ordered=ordered)]
+
+    async def body() -> None:
+        box["reader"] = reader.submit()
+        with pytest.raises(DeadlockError) as refused:
+            async with asyncio.timeout(10):
+                await box["reader"]
+        assert [name.split("-")[0] for name in refused.value.chain] == ["reader", "item", "reader"]
+
+    await in_flow(body)
+
+
+async def test_a_generator_that_waits_for_its_reader_is_refused() -> None:
+    """F1: so it is with the body of a generator task."""
+    box: dict[str, Any] = {}
+
+    @task(name="generator")
+    async def generator() -> AsyncIterator[int]:
+        yield 1
+        yield await box["reader"]
+
+    @task(name="reader")
+    async def reader() -> list[int]:
+        return await generator()
+
+    async def body() -> None:
+        box["reader"] = reader.submit()
+        with pytest.raises(DeadlockError) as refused:
+            async with asyncio.timeout(10):
+                await box["reader"]
+        assert [name.split("-")[0] for name in refused.value.chain] == ["reader", "generator", "reader"]
+
+    await in_flow(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from dataclasses import dataclass
@@ -454,3 +455,18 @@ async def test_a_failing_flow_persists_no_result_under_its_key() -> None:
         assert (await main.run_to_state(1)).is_failed()
         assert (await main.run_to_state(1)).name == "Completed"
         assert (await main.run_to_state(1)).name == "Cached"
+
+
+class Asynchronous:
+    async def __call__(self, x: int) -> int:
+        return x
+
+
+@pytest.mark.parametrize(
+    "fn", [Asynchronous(), functools.partial(Asynchronous(), 3), lambda x=3: Asynchronous()(x)]
+)
+async def test_flows_of_callables_of_every_kind(fn: Any) -> None:
+    """An object with an async `__call__`, a partial of it, and a plain wrapper around it are flows: awaited, not
+    given back as coroutines."""
+    made: Any = flow(fn)
+    assert await (made(3) if isinstance(fn, Asynchronous) else made()) == 3

@@ -131,6 +131,67 @@ async def test_a_shared_part_stays_shared_and_a_cycle_ends() -> None:
         endless.append(endless)
         got = await same.submit(endless)
         assert got[0] == 2
+        assert got[1] is got
+        ring: dict[str, Any] = {"box": Box([same.submit(3)])}
+        ring["box"].other = (ring,)
+        got = await same.submit(ring)
+        assert got["box"].content == [3]
+        assert got["box"].other[0] is got
+        knot: tuple[Any, ...] = ([], same.submit(4))
+        knot[0].append(knot)
+        assert (await same.submit(knot))[1] == 4
+
+    await in_flow(body)
+
+
+async def test_depth_does_not_matter() -> None:
+    """F8: a value that is nested deeper than Python recurs is walked, and a future at its bottom found."""
+
+    async def body() -> None:
+        for bottom, expected in ((same.submit(1), 1), (2, 2)):
+            given: Any = bottom
+            for _ in range(5000):
+                given = [given]
+            got = await same.submit(given)
+            assert (got is given) == (bottom == 2)
+            while isinstance(got, list):
+                (got,) = got
+            assert got == expected
+
+    await in_flow(body)
+
+
+class Tagged(list[Any]):
+    def __init__(self, one: Any, *, tag: str) -> None:
+        super().__init__([one])
+        self.tag = tag
+
+
+class Needy(dict[str, Any]):
+    def __init__(self, need: int) -> None:
+        super().__init__()
+        self.need = need
+
+
+class Pair(tuple[Any, ...]):
+    def __new__(cls, one: Any, two: Any) -> Pair:
+        return super().__new__(cls, (one, two))
+
+
+async def test_containers_of_the_users_own_keep_what_they_carry() -> None:
+    """F8: a subclass of a container with a constructor and attributes of its own arrives as one, attributes and all."""
+
+    async def body() -> None:
+        future = same.submit(1)
+        tagged = await same.submit(Tagged(future, tag="x"))
+        assert (type(tagged), tagged, tagged.tag) == (Tagged, [1], "x")
+        needy = Needy(5)
+        needy["a"] = future
+        got = await same.submit(needy)
+        assert (type(got), got, got.need) == (Needy, {"a": 1}, 5)
+        assert needy["a"] is future
+        pair = await same.submit(Pair(future, 2))
+        assert (type(pair), pair) == (Pair, (1, 2))
 
     await in_flow(body)
 
@@ -481,3 +542,22 @@ async def test_a_flow_returns_the_values_of_futures() -> None:
     assert await in_flow(body) == {"a": 1, "b": [2, 3]}
     with pytest.raises(ValueError, match="no"):
         await in_flow(failing)
+
+
+async def test_the_message_of_a_long_chain_stays_short() -> None:
+    """F2: each run of a chain names the one before it, and only the first what failed; the causes tell the rest."""
+
+    async def body() -> list[Any]:
+        futures = [fails.submit("x")]
+        for _ in range(50):
+            futures.append(same.submit(futures[-1]))
+        await wait(futures)
+        return [future.state for future in futures]
+
+    states = await in_flow(body)
+    assert states[1].message.endswith("ended in state Failed('ValueError: x')")
+    assert all(state.message.endswith("ended in state NotReady") for state in states[2:])
+    error = states[-1].error()
+    for _ in range(50):
+        error = error.__cause__
+    assert repr(error) == "ValueError('x')"

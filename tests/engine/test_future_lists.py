@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
@@ -85,3 +86,15 @@ async def test_a_flow_may_return_its_map() -> None:
 
     async with Engine(storage=MemoryStorage()):
         assert await main() == {"doubled": [2, 4]}
+
+
+async def test_several_maps_are_gathered() -> None:
+    """F6: `asyncio.gather` takes maps like any awaitables."""
+
+    @flow
+    async def main() -> list[list[int]]:
+        one = double.map([1, 2])
+        return list(await asyncio.gather(one, double.map([3]), one))
+
+    async with Engine(storage=MemoryStorage()):
+        assert await main() == [[2, 4], [6], [2, 4]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from gated import Gate, fails, in_flow, same
 from onceflow.engine import (
+    ConfigurationError,
+    Engine,
     NoActiveRunError,
     RunCancelledError,
     TaskFuture,
@@ -371,5 +374,88 @@ async def test_an_ended_run_keeps_no_asyncio_task() -> None:
         assert [work() for work in works] == [None] * 20
         assert all(future.done() and not future.cancel() for future in futures)
         assert await futures[0].wait() is futures[0].state
+
+    await in_flow(body)
+
+
+# --- what cannot be waited for
+
+
+@pytest.mark.parametrize("bad", [[1], ["text"], "text", [None]])
+async def test_what_is_no_future_is_refused(bad: Any) -> None:
+    """F4, F5: wait and as_completed say what they take where they are given something else."""
+    with pytest.raises(TypeError, match=r"wait\(\) takes futures.*not (int|str|NoneType)"):
+        await wait(bad)
+    with pytest.raises(TypeError, match=r"as_completed\(\) takes futures"):
+        await anext(aiter(as_completed(bad)))
+
+
+async def test_a_timeout_that_is_no_number_is_refused() -> None:
+    """F4: nan is no time to wait for."""
+
+    async def body() -> None:
+        future = same.submit(1)
+        for call in (wait([future], timeout=math.nan), future.wait(math.nan), future.result(math.nan)):
+            with pytest.raises(ValueError, match="negative, got nan"):
+                await call
+        await future
+
+    await in_flow(body)
+
+
+async def test_a_future_of_another_loop_is_refused() -> None:
+    """F1: waiting for a run of another loop, which could not wake this one, is an error that names the run."""
+    gate = Gate()
+    refused: list[str] = []
+
+    async def body() -> None:
+        future, many = gate.task.submit(1), gate.task.map([1, 2])
+        tries: dict[str, Callable[[], Any]] = {
+            "await": lambda: future,
+            "wait": lambda: future.wait(),
+            "result": lambda: future.result(),
+            "wait of many": lambda: wait([future]),
+            "as_completed": lambda: anext(aiter(as_completed([future]))),
+            "map": lambda: many,
+            "argument": lambda: same(future),
+        }
+
+        async def try_all() -> None:
+            async with Engine(storage="memory://another"), asyncio.timeout(10):
+                for name, make in tries.items():
+                    with pytest.raises(ConfigurationError, match="another event loop"):
+                        await make()
+                    refused.append(name)
+
+        await asyncio.to_thread(asyncio.run, try_all())
+        assert refused == list(tries)
+        gate.open.set()
+        await future
+        assert await many == [1, 2]
+        await asyncio.to_thread(asyncio.run, awaited(future))  # an ended one may be looked at anywhere
+
+    await in_flow(body)
+
+
+async def awaited(future: Any) -> Any:
+    return await future
+
+
+async def test_a_future_is_cancelled_from_a_thread() -> None:
+    """F1: cancel() in the thread of a synchronous body reaches the run on its loop, which is woken for it."""
+    gate = Gate()
+    future: Any = None
+
+    @task
+    def cancels() -> bool:
+        return bool(future.cancel())
+
+    async def body() -> None:
+        nonlocal future
+        future = gate.task.submit(1)
+        assert await cancels()
+        state = await future.wait(10)
+        assert state.name == "Cancelled"
+        assert not await cancels()  # it has ended
 
     await in_flow(body)

@@ -24,7 +24,7 @@ from onceflow.engine import (
     transaction,
 )
 from onceflow.engine import _chunks as chunks
-from onceflow.engine._errors import ConfigurationError, RunTimeoutError, UpstreamFailedError
+from onceflow.engine._errors import CommitError, ConfigurationError, RunTimeoutError, UpstreamFailedError
 from onceflow.locking import MemoryLockManager
 from onceflow.storage import MemoryStorage
 from until import until
@@ -885,7 +885,7 @@ async def test_replay_can_be_broken_off(
 
 
 async def test_in_a_transaction_a_stream_is_visible_at_the_end(tmp_path: Path) -> None:
-    """X3: its record is committed with the block, and dropped with it."""
+    """X3: its record is committed with the block, and dropped with it; then its chunks are removed as well."""
     runs = 0
 
     @task(cache_policy=CACHED)
@@ -898,11 +898,14 @@ async def test_in_a_transaction_a_stream_is_visible_at_the_end(tmp_path: Path) -
     async with Engine(storage=tmp_path):
         try:
             async with transaction():
-                await work(2)
+                async with transaction():
+                    await work(2)
                 assert (await work.run_to_state(2)).name == "Cached"
+                assert await chunks_in(tmp_path)
                 raise ValueError
         except ValueError:
             pass  # rolled back
+        assert await chunks_in(tmp_path) == []
         async with transaction():
             assert await work(2) == [0, 1]
         assert runs == 2
@@ -949,3 +952,32 @@ async def test_a_closed_stream_frees_its_key(tmp_path: Path) -> None:
         await stream.aclose()
         assert await other == 1
         await until(lambda: len(engine.flights) == 0)
+
+
+class WithoutRecords(MemoryStorage):
+    """Memory that takes chunks, and refuses records."""
+
+    async def write(self, key: str, data: Any, **conditions: Any) -> str:
+        if not key.startswith("chunk-"):
+            raise OSError("full")
+        return await super().write(key, data, **conditions)
+
+
+@pytest.mark.parametrize("inside", ["nothing", "hooks", "transaction", "serializable"])
+async def test_chunks_go_where_the_record_cannot_be_written(inside: str) -> None:
+    """R3, B12: where the record of a stream that was read to its end is not committed, its chunks are removed."""
+    storage = WithoutRecords(f"test-{inside}")
+    policy = CACHED.configure(isolation_level="SERIALIZABLE") if inside == "serializable" else CACHED
+
+    @task(cache_policy=policy, on_commit=[print] if inside == "hooks" else None)
+    async def work() -> AsyncIterator[int]:
+        yield 1
+
+    async with Engine(storage=storage, lock_manager=MemoryLockManager()):
+        if inside == "transaction":
+            with pytest.raises(CommitError):
+                async with transaction():
+                    assert await work() == [1]
+        else:
+            assert await work() == [1]
+        assert [key async for key in storage.list("")] == []

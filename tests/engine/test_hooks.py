@@ -361,3 +361,63 @@ async def test_on_crashed_runs_when_a_flow_crashes(kind: str) -> None:
     with pytest.raises(Boom):
         await main()
     assert calls.names == ["Crashed"]
+
+
+@each
+async def test_a_hook_that_lets_a_cancellation_out_cancels_nobody(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """H2: a CancelledError of a hook's own making is logged like any error; the run's outcome stands."""
+
+    async def breaks(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    async def body() -> int:
+        return 1
+
+    assert await make(on_running=[breaks], on_completion=[breaks])(body)() == 1
+    assert caplog.text.count("Hook 'breaks' was cancelled") == 2
+
+
+async def test_a_hook_that_is_cancelled_for_good_ends_with_its_run() -> None:
+    """H1: cancelled while its hook runs, a call is cancelled."""
+    entered = asyncio.Event()
+
+    async def hangs(*_: Any) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    @task(on_running=[hangs])
+    async def body() -> int:
+        return 1
+
+    running = asyncio.ensure_future(body())
+    await entered.wait()
+    running.cancel()
+    await asyncio.wait([running])
+    assert running.cancelled()
+
+
+async def test_a_base_exception_of_a_late_hook_does_not_pass_silently(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """H2: raised by a hook of the end, it reaches whoever awaits the call; of a submitted run it is in the log."""
+
+    class Odd(BaseException):
+        pass
+
+    def breaks(*_: Any) -> None:
+        raise Odd("from the hook")
+
+    @task(on_completion=[breaks])
+    async def body() -> int:
+        return 1
+
+    @flow
+    async def main() -> int:
+        return await body.submit()
+
+    with pytest.raises(Odd):
+        await body()
+    assert await main() == 1
+    assert "Odd('from the hook') after its end" in caplog.text

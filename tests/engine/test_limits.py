@@ -563,3 +563,19 @@ def test_a_limit_that_lets_nobody_through_is_refused(size: Any) -> None:
         @task(concurrency=size)
         async def work() -> None:
             pass
+
+
+async def test_a_reader_gets_the_slot_of_the_stream_that_it_reads(engine: Engine) -> None:
+    """N1: who calls for the limit of a stream whose value it has in hand does not wait for itself."""
+
+    @task(concurrency=1)
+    async def numbers(n: int) -> AsyncIterator[int]:
+        for i in range(n):
+            yield i
+
+    @flow
+    async def main() -> list[Any]:
+        return [(x, await numbers(2)) async for x in numbers(2)]
+
+    async with asyncio.timeout(10):
+        assert await main() == [(0, [0, 1]), (1, [0, 1])]

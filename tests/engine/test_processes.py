@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import linecache
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,20 @@ async def test_an_exception_comes_back_with_its_traceback(engine: Engine) -> Non
     with pytest.raises(KeyError, match="from afar") as raised:
         await fails()
     assert 'raise KeyError("from afar")' in "".join(raised.value.__notes__)
+    assert __file__ in "".join(raised.value.__notes__)
     assert len(attempts) == 2
+
+
+async def test_a_traceback_shows_lines_that_no_file_holds(engine: Engine) -> None:
+    """The lines of a notebook's cell, which only this process knows, are in the note as well."""
+    source = "def outer(x):\n    def inner():\n        raise ValueError(x)\n    return inner()\n"
+    linecache.cache["<cell 7>"] = (len(source), None, source.splitlines(keepends=True), "<cell 7>")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(source, "<cell 7>", "exec"), names)
+    state = await task(runner="process")(names["outer"]).run_to_state(1)
+    (note,) = state.result(raise_on_failure=False).__notes__
+    assert '"<cell 7>", line 4, in outer\n    return inner()\n' in note
+    assert '"<cell 7>", line 3, in inner\n    raise ValueError(x)\n' in note
 
 
 @pytest.mark.parametrize("size", [10, 1_000_000], ids=["small", "large"])
@@ -99,7 +114,7 @@ async def test_what_does_not_pickle_is_a_clear_error(engine: Engine) -> None:
     def raises_odd() -> None:
         raise Odd
 
-    with pytest.raises(ConfigurationError, match=r"'pid_and'.*an argument does not pickle.*leave runner out"):
+    with pytest.raises(ConfigurationError, match=r"'pid_and'.*an argument does not pickle.*runner='thread'"):
         await pid_and(threading.Lock())
     with pytest.raises(ConfigurationError, match="returned in its process does not pickle"):
         await returns_lock()
@@ -108,9 +123,17 @@ async def test_what_does_not_pickle_is_a_clear_error(engine: Engine) -> None:
 
 
 def test_an_unknown_runner_is_refused() -> None:
-    """A runner that does not exist is an error at declaration."""
+    """A runner that does not exist is an error at declaration, of a task or an engine; so is a thread for async."""
+
+    async def body() -> None: ...
+
     with pytest.raises(ConfigurationError, match="'procces'"):
         task(runner="procces")(pid_and.fn)
+    with pytest.raises(ConfigurationError, match="'procces'"):
+        Engine(runner="procces")
+    with pytest.raises(ConfigurationError, match="its body is async"):
+        task(runner="thread")(body)
+    task(runner="process")(body)
 
 
 async def test_a_killed_process_fails_the_run(engine: Engine) -> None:
@@ -128,6 +151,7 @@ async def test_a_killed_process_fails_the_run(engine: Engine) -> None:
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
 async def test_a_cancelled_body_is_killed(engine: Engine, tmp_path: Path, how: str) -> None:
     """Cancelled or out of time, the process is killed: a body cannot go on in it."""
+    await pid_and(1)  # the time is not for the start of the process
     started = tmp_path / "started"
 
     @task(runner="process", timeout_seconds=2 if how == "timeout" else None)
@@ -172,3 +196,41 @@ async def test_a_hit_starts_no_process(engine: Engine) -> None:
     assert first != os.getpid()
     state = await work.run_to_state(1)
     assert (state.name, state.result()) == ("Cached", first)
+
+
+async def test_an_engine_chooses_where_synchronous_bodies_run(tmp_path: Path) -> None:
+    """With `Engine(runner="process")` the plain bodies of tasks that name no runner leave, and only those; look-ups
+    and commits stay."""
+
+    @task(cache_policy=INPUTS + TASK_SOURCE)
+    def plain(x: int) -> int:
+        return os.getpid()
+
+    @task(runner="thread")
+    def threaded() -> int:
+        return os.getpid()
+
+    @task
+    async def on_the_loop() -> int:
+        return os.getpid()
+
+    @task
+    def generated() -> Iterator[int]:
+        yield os.getpid()
+
+    @flow
+    def main() -> tuple[int, int]:
+        return os.getpid(), plain.run(2)
+
+    here = os.getpid()
+    async with Engine(storage=tmp_path, runner="process"):
+        first = await plain(1)
+        assert first != here
+        state = await plain.run_to_state(1)
+        assert (state.name, state.result()) == ("Cached", first)
+        assert await threaded() == await on_the_loop() == here
+        assert await generated() == [here]
+        of_the_flow, of_its_task = await main()
+        assert of_the_flow == here != of_its_task
+    async with Engine(storage=tmp_path / "another"):
+        assert await plain(1) == here

@@ -193,8 +193,9 @@ async def test_an_endless_sync_source_is_taken_lazily(engine: Engine) -> None:
     assert next(items) <= 16
 
 
-async def test_memory_is_bounded_by_the_limit(tmp_path: Path) -> None:
-    """Over 100 000 items, with 100 under way, no more runs, items and asyncio tasks are alive than that."""
+@pytest.mark.parametrize("number", [100_000, pytest.param(1_000_000, marks=pytest.mark.chaos)])
+async def test_memory_is_bounded_by_the_limit(tmp_path: Path, number: int) -> None:
+    """W10: over 100 000 and 1 000 000 items, with 100 under way, no more runs, items and tasks are alive than that."""
 
     class Item:
         alive = 0
@@ -206,7 +207,7 @@ async def test_memory_is_bounded_by_the_limit(tmp_path: Path) -> None:
             Item.alive -= 1
 
     async def items() -> AsyncIterator[Item]:
-        for _ in range(100_000):
+        for _ in range(number):
             yield Item()
 
     @task
@@ -234,7 +235,7 @@ async def test_memory_is_bounded_by_the_limit(tmp_path: Path) -> None:
             await main()
         finally:
             gc.enable()
-    assert count == 100_000
+    assert count == number
     assert most["items"] <= 102
     assert most["runs"] <= 102
     assert most["tasks"] <= 105
@@ -480,3 +481,35 @@ async def test_parents_and_sources_that_are_streams(engine: Engine) -> None:
             assert parent is stream.run
 
     await main()
+
+
+class Odd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("error", "raised"), [(Odd, Odd), (asyncio.CancelledError, RunCancelledError), (ValueError, ValueError)]
+)
+async def test_whatever_a_source_raises_reaches_the_reader(
+    tmp_path: Path, error: type[BaseException], raised: type[BaseException], ordered: bool
+) -> None:
+    """Back-pressure aside, no error of the source is lost: neither a BaseException nor a stray cancellation."""
+
+    @task
+    async def same(x: int) -> int:
+        return x
+
+    async def items() -> AsyncIterator[int]:
+        yield 1
+        raise error("of the source")
+
+    @flow
+    async def main() -> None:
+        with pytest.raises(raised) as caught:
+            async for _ in same.stream(items(), ordered=ordered):
+                pass
+        assert "source" in str(caught.value)
+
+    async with Engine(storage=tmp_path):
+        await main()

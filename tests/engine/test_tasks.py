@@ -842,3 +842,13 @@ def test_tags_that_are_no_list_of_texts_are_refused(decorator: Any, bad: Any) ->
     """T17: tags="database" would be eight tags of one letter: it is refused, by name."""
     with pytest.raises(TypeError, match="tags"):
         decorator(tags=bad)(add)
+
+
+async def test_a_callable_that_tells_nothing_of_its_parameters_is_a_task() -> None:
+    """T1: types and builtins without a signature take what they are given."""
+    kinds: list[Any] = [int, max, dict]
+    tasks: list[Any] = [task(kind) for kind in kinds]
+    number, least, made = tasks
+    assert await number("3") == 3
+    assert await least(1, 5, key=lambda x: -x) == 1
+    assert await made(a=1) == {"a": 1}

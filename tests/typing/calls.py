@@ -116,6 +116,10 @@ async def futures() -> None:
     assert_type(future.cancel(), bool)
     fetch.submit("a", wait_for=[future])
     fetch.submit(1)  # type: ignore[call-overload]  # error: the argument is no text
+    await size.submit(future)  # type: ignore[call-overload]  # error: a future is no page, to a checker
+    assert_type(size.submit(future, wait_for=()), TaskFuture[int])  # the way out
+    assert_type(await size.map([future, b"a"]), list[int])
+    assert_type(await size.run_to_state(future, wait_for=()), State[int])
     wrong: TaskFuture[int] = fetch.submit("a")  # type: ignore[assignment]  # error: a future of something else
     del wrong
 
