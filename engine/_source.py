@@ -24,8 +24,9 @@ from ._encoding import Encoder, RefusedError, framed
 from ._naming import is_user_class, is_user_function, is_user_module, qualified_name, type_name
 from ._source_memo import Watch, never_changes, recall, remember
 from ._source_modules import module_texts
-from ._source_names import Name, names_in
+from ._source_names import Import, Name, names_in
 from ._source_parts import (
+    attribute_hooks,
     cell_of,
     cells,
     fields_of,
@@ -209,6 +210,8 @@ class _Walk:
         yield self.defaults(fn)
         if "__class__" in fn.__code__.co_freevars and owner is not None:  # super()
             yield b"".join(self.encode(base) for base in owner.__bases__)
+        if owner is not None and first_argument(fn) in names.whole:
+            yield self.class_of_self(owner)
         for name in names.used:
             if name.scope == "argument" and (owner is None or name.root != first_argument(fn)):
                 continue  # a value of the call, not of the code
@@ -247,7 +250,13 @@ class _Walk:
         except ValueError:  # not assigned yet
             return b"unbound"
         self.watch.cell(cell, value)
-        return self.content(value)
+        return self.module(value) if isinstance(value, ModuleType) else self.content(value)
+
+    def module(self, module: ModuleType) -> bytes:
+        """A module that is used as a whole: handed on, or kept in a variable. All of the user's own counts."""
+        if self.follow and is_user_module(module):
+            self.watch.modules.update(module_texts([Import(0, module.__name__, ())], ""))
+        return self.encode(module)
 
     def global_(self, namespace: dict[str, Any], name: Name) -> bytes:
         """A global, or what `module.name` stands for where the module is the user's."""
@@ -263,21 +272,27 @@ class _Walk:
             if not isinstance(value, ModuleType):
                 return self.content(value)
             if not attributes or not is_user_module(value):
-                return self.encode(value)
+                return self.module(value)
             namespace, root = vars(value), attributes.pop(0)
 
     def member(self, fn: FunctionType, name: Name, owner: type | None) -> bytes:
         """What `self.name` stands for where the class says so: a method, a property, a constant."""
         if owner is None or not name.attributes or name.root != first_argument(fn):
             return b""
+        if name.attributes[0] == "__class__":
+            return self.class_of_self(owner)
         value = inspect.getattr_static(owner, name.attributes[0], None)
         if not is_user_class(owner) or (id(owner), name.attributes[0]) in self.state:
             return b""
         self.watch.class_(owner, self.known_state)
-        functions = list(functions_of(value))
+        functions = [*functions_of(value), *attribute_hooks(owner, value)]
         if functions:
             return b"".join(self.refer(each, owner) for each in functions)
         return b"" if value is None or inspect.isdatadescriptor(value) else self.content(value)
+
+    def class_of_self(self, owner: type) -> bytes:
+        """All of a method's class, where more is done with `self` than taking attributes by name."""
+        return self.refer(owner) if is_user_class(owner) else b""
 
     def class_(self, kind: type) -> Iterator[bytes]:
         """The class statement, its bases, and what its attributes are now."""

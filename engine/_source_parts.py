@@ -114,6 +114,14 @@ def functions_of(value: Any) -> Iterator[FunctionType]:
         yield from functions_of(getattr(value, "wrapped", None))  # pydantic's validators
 
 
+def attribute_hooks(kind: type, found: Any) -> Iterator[FunctionType]:
+    """What a class of the user's own does when an attribute is taken; `found` is what is there already."""
+    for name in ("__getattribute__", "__getattr__") if found is None else ("__getattribute__",):
+        for each in functions_of(inspect.getattr_static(kind, name, None)):
+            if is_user_function(each):
+                yield each
+
+
 def peek(value: Any, name: str) -> Any:
     """An attribute, found without running any code; None where there is none."""
     found = inspect.getattr_static(value, name, None)
