@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-from ._encoding import Encoder, RefusedError, framed
+from ._encoding import SCALARS, Encoder, RefusedError, framed
 from ._naming import is_user_class, is_user_function, is_user_module, qualified_name, type_name
 from ._source_memo import Watch, never_changes, recall, remember
 from ._source_modules import module_texts
@@ -32,6 +32,7 @@ from ._source_parts import (
     fields_of,
     first_argument,
     functions_of,
+    has_methods,
     innermost,
     is_followed,
     is_generated,
@@ -53,7 +54,11 @@ class Meaning(NamedTuple):
 
 
 def source_meaning(
-    fn: Callable[..., Any] | type, *, follow_helpers: bool = True, owner: type | None = None
+    fn: Callable[..., Any] | type,
+    *,
+    follow_helpers: bool = True,
+    owner: type | None = None,
+    given: tuple[type, ...] = (),
 ) -> Meaning:
     """What `fn` means; equal on every machine and Python as long as the code means the same.
 
@@ -61,33 +66,58 @@ def source_meaning(
     identities, and hash again those constants that are mutable.
 
     Args:
-        fn: A function, method, class, partial or callable object. Wrappers that say what they wrap are
-        followed. follow_helpers: Look into the functions and classes that it reaches. Otherwise those count
-        by name. owner: For a method: the class that `self` is of. By default the one that it was defined in.
+        fn: A function, method, class, partial or callable object. Wrappers that say what they wrap are followed.
+        follow_helpers: Look into the functions and classes that it reaches. Otherwise those count by name.
+        owner: For a method: the class that `self` is of. By default the one that it was defined in.
+        given: Classes that it reaches through its arguments, see `classes_given`.
     """
     if isinstance(fn, MethodType):
         owner = owner or (fn.__self__ if isinstance(fn.__self__, type) else type(fn.__self__))
         fn = fn.__func__
-    asked = follow_helpers, owner
+    asked = follow_helpers, owner, given
     known = recall(fn, asked)
     if known is not None:
         return known
     state: frozenset[Any] = frozenset()
     while True:
         walk = _Walk(follow_helpers, state)
-        meaning = walk.meaning(fn, owner)
+        meaning = walk.meaning(fn, owner, given)
         if walk.state == state:
             remember(fn, asked, meaning, walk.watch)
             return meaning
         state = frozenset(walk.state)
 
 
-def is_warm(fn: Callable[..., Any] | type, *, follow_helpers: bool = True, owner: type | None = None) -> bool:
+def is_warm(
+    fn: Callable[..., Any] | type,
+    *,
+    follow_helpers: bool = True,
+    owner: type | None = None,
+    given: tuple[type, ...] = (),
+) -> bool:
     """Whether `source_meaning` answers without reading files and without hashing anything large."""
     if isinstance(fn, MethodType):
         owner = owner or (fn.__self__ if isinstance(fn.__self__, type) else type(fn.__self__))
         fn = fn.__func__
-    return recall(fn, (follow_helpers, owner), light=True) is not None
+    return recall(fn, (follow_helpers, owner, given), light=True) is not None
+
+
+def classes_given(arguments: Iterable[Any]) -> tuple[type, ...]:
+    """The classes with methods of the user's own, of arguments and of the members of lists, tuples, sets, dicts.
+
+    Such an object brings code along that no name in the function leads to. 0.1 µs for a plain argument.
+    """
+    kinds: set[type] = set()
+    for argument in arguments:
+        kind = type(argument)
+        if kind in (list, tuple, set, frozenset):
+            kinds.update(map(type, argument))
+        elif kind is dict:
+            kinds.update(map(type, argument.values()))
+        elif kind not in SCALARS:
+            kinds.add(kind)
+    given = [kind for kind in kinds if kind not in SCALARS and has_methods(kind)]
+    return tuple(sorted(given, key=qualified_name)) if len(given) > 1 else tuple(given)
 
 
 def code_key(value: Any) -> bytes:
@@ -120,10 +150,12 @@ class _Walk:
     def encoder(self) -> Encoder:
         return Encoder(self.refer, on_instance=self.refer, lenient=True, opaque=self.known_state)
 
-    def meaning(self, root: Any, owner: type | None) -> Meaning:
+    def meaning(self, root: Any, owner: type | None, given: tuple[type, ...]) -> Meaning:
         for layer in layers(root):
             self.labels[id(layer)] = "self"
         own = self.definition(root, owner).hex()
+        for kind in given:
+            self.refer(kind)
         helpers: dict[str, str] = {}
         while self.queue:
             label, helper, helper_owner = self.queue.pop()

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator
 from types import CellType, FunctionType, MemberDescriptorType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ._naming import is_user_class, is_user_function, module_name
 
@@ -139,6 +140,24 @@ def is_generated(kind: type, name: str, fn: FunctionType) -> bool:
         ("<string>", "<attrs generated")
     )
     return not written and name.startswith("__") and any(hasattr(kind, maker) for maker in _MAKERS)
+
+
+_with_methods: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def has_methods(kind: type) -> bool:
+    """Whether the class statement, or that of a base of the user's own, holds functions."""
+    known = _with_methods.get(kind)
+    if known is None:
+        known = _with_methods[kind] = any(
+            not is_generated(base, name, each)
+            for base in kind.__mro__
+            if is_user_class(base)
+            for name, value in vars(base).items()
+            for each in functions_of(value)
+            if is_user_function(each)
+        )
+    return known
 
 
 def is_method_of(fn: FunctionType, kind: type) -> bool:

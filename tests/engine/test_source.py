@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.util
 import linecache
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from onceflow.engine import INPUTS, TASK_SOURCE, task
 from onceflow.engine._source import Meaning, is_warm, source_meaning
 from pythons import PYTHONS, Elsewhere, tree_digests
 
@@ -264,8 +266,8 @@ DIFFERENT = {
         "class C:\n def __getitem__(self, i): return 2\n def f(self): return self[0]\nf = C.f",
     ),
     "self entered": (
-        "class C:\n def __enter__(self): return 1\n def __exit__(self, *_): ...\n def f(self):\n  with self: return 0\nf = C.f",
-        "class C:\n def __enter__(self): return 2\n def __exit__(self, *_): ...\n def f(self):\n  with self: return 0\nf = C.f",
+        "class C:\n def __enter__(self): return 1\n def f(self):\n  with self: return 0\nf = C.f",
+        "class C:\n def __enter__(self): return 2\n def f(self):\n  with self: return 0\nf = C.f",
     ),
     "attribute hook": (
         "class C:\n def __getattr__(self, name): return 1\n def f(self): return self.missing\nf = C.f",
@@ -635,6 +637,54 @@ def test_other_methods_do_not_matter(load: Load) -> None:
     before = source_meaning(load(text).C.f)
     assert before == source_meaning(load(text.replace("other(self): return 1", "other(self): return 2")).C.f)
     assert before != source_meaning(load(text.replace("k = 1", "k = 2")).C.f)
+
+
+def test_classes_of_arguments(load: Load) -> None:
+    """B15: beside INPUTS, the methods that an argument brings along count; without, and left out, they do not."""
+    text = """
+        import dataclasses
+        class Base:
+            def price(self, x): return x * self.rate
+        @dataclasses.dataclass
+        class Plan(Base):
+            rate: float
+        @dataclasses.dataclass
+        class Plain:
+            rate: float
+        async def f(plan, x=0): return plan.price(x)
+    """
+    policies = [INPUTS + TASK_SOURCE, TASK_SOURCE, INPUTS, INPUTS - "plan" + TASK_SOURCE]
+
+    def keys(text: str, make: Callable[[Any], Any]) -> list[str | None]:
+        module = load(text)
+        tasks = [task(cache_policy=policy)(module.f) for policy in policies]
+        return [asyncio.run(each.cache_key(make(module), 1)) for each in tasks]
+
+    edited = text.replace("x * self.rate", "x + self.rate")
+    for make in (lambda m: m.Plan(2.0), lambda m: [m.Plan(2.0)], lambda m: {"a": m.Plan(2.0)}):
+        before, after = keys(text, make), keys(edited, make)
+        assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, True, True]
+    assert keys(text, lambda m: m.Plain(2.0)) == keys(edited, lambda m: m.Plain(2.0))
+
+
+def test_self_is_no_given_class(load: Load) -> None:
+    """A task that is a method depends on what it takes from `self`, although `self` is among the inputs."""
+    text = """
+        class C:
+            async def f(self): return self.g()
+            def g(self): return 1
+            def other(self): return 1
+    """
+
+    def key(text: str) -> str | None:
+        module = load(text)
+        module.C.f = task(cache_policy=INPUTS + TASK_SOURCE)(module.C.f)
+        bound: Any = module.C().f
+        found: str | None = asyncio.run(bound.cache_key())
+        return found
+
+    assert key(text) == key(text.replace("other(self): return 1", "other(self): return 2"))
+    assert key(text) != key(text.replace("g(self): return 1", "g(self): return 2"))
 
 
 @pytest.mark.parametrize(
