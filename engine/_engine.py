@@ -21,9 +21,9 @@ from . import _logging
 from ._draining import Failures, drain
 from ._embedding import Embedding
 from ._errors import CacheKeyError, ConfigurationError, EngineClosedError
-from ._explain import Explainer
 from ._flights import Room
 from ._limits import Limits
+from ._notes import Explainer
 from ._place import Place
 from ._records import Records
 from ._settings import Settings, stamp
