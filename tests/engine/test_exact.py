@@ -119,7 +119,7 @@ async def test_what_pickles_exactly_is_stored(engine: Engine, caplog: pytest.Log
 
     cycle: list[Any] = [{1}]
     cycle.append(cycle)
-    by_default = defaultdict(lambda: CONSTANT)
+    by_default: Any = defaultdict(lambda: CONSTANT)
     values: list[Any] = [Local(), lambda: CONSTANT, cycle, [Guarded()], by_default, ValueError("a")]
     for value in values:
         await keyed.with_options(refresh_cache=True)(value)
