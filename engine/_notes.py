@@ -61,7 +61,7 @@ class _Notes:
         self.entries[frozenset(self.pairs.setdefault(pair, pair) for pair in entry)] = None
         if len(self.entries) > KEPT:
             del self.entries[next(iter(self.entries))]
-            if len(self.pairs) > 4 * KEPT + 4 * len(entry):
+            if len(self.pairs) > 2 * KEPT * len(entry):
                 self.pairs = {pair: pair for each in self.entries for pair in each}
 
     def add_earlier(self, entries: list[Entry]) -> None:

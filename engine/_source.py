@@ -7,6 +7,9 @@ only. Two things are state rather than meaning and do not count: a name that the
 (`global n; n += 1`), and an object that it visibly changes (`seen.append(url)`, `hits[url] += 1`, `stats.n +=
 1`), of which the type counts.
 
+Not seen is what has no name in the code: what it finds at run time by text (`globals()["x"]`, `sys.modules`,
+`__import__`), the environment, and what the objects of libraries hold.
+
 Wrappers of user code count with what they wrap; a library's wrapper counts by its name. A task pinned by
 `version=` counts by that version.
 """
@@ -41,6 +44,7 @@ from ._source_parts import (
     layers,
     owner_of,
     pinned_version,
+    setters,
 )
 from ._source_state import state_of
 from ._source_text import class_text, function_text
@@ -244,6 +248,9 @@ class _Walk:
             yield b"".join(self.encode(base) for base in owner.__bases__)
         if owner is not None and first_argument(fn) in names.whole:
             yield self.class_of_self(owner)
+        for name in sorted(names.assigned):
+            if owner is not None and name.root == first_argument(fn) and len(name.attributes) == 1:
+                yield b"".join(self.refer(each, owner) for each in setters(owner, name.attributes[0]))
         for name in names.used:
             if name.scope == "argument" and (owner is None or name.root != first_argument(fn)):
                 continue  # a value of the call, not of the code

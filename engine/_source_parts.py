@@ -123,6 +123,18 @@ def attribute_hooks(kind: type, found: Any) -> Iterator[FunctionType]:
                 yield each
 
 
+def setters(kind: type, name: str) -> Iterator[FunctionType]:
+    """What a class of the user's own does when an attribute is set: that of a property, and __setattr__."""
+    for found in (
+        inspect.getattr_static(kind, name, None),
+        inspect.getattr_static(kind, "__setattr__", None),
+    ):
+        if isinstance(found, property | FunctionType):
+            for each in functions_of(found):
+                if is_user_function(each):
+                    yield each
+
+
 def peek(value: Any, name: str) -> Any:
     """An attribute, found without running any code; None where there is none."""
     found = inspect.getattr_static(value, name, None)

@@ -277,6 +277,14 @@ DIFFERENT = {
         "class C:\n k = 0\n def __getattribute__(self, name): return 1\n def f(self): return self.k\nf = C.f",
         "class C:\n k = 0\n def __getattribute__(self, name): return 2\n def f(self): return self.k\nf = C.f",
     ),
+    "hook of all settings": (
+        "class C:\n def __setattr__(self, n, v): self.__dict__[n] = v + 1\n def f(self): self.x = 1\nf = C.f",
+        "class C:\n def __setattr__(self, n, v): self.__dict__[n] = v + 2\n def f(self): self.x = 1\nf = C.f",
+    ),
+    "setter": (
+        "class C:\n p = property(None, lambda self, v: print(1))\n def f(self): self.p = 1\nf = C.f",
+        "class C:\n p = property(None, lambda self, v: print(2))\n def f(self): self.p = 1\nf = C.f",
+    ),
     "object made by a class method": (
         "class C:\n def g(self): return 1\n @classmethod\n def f(cls): return cls().g()\nf = C.f",
         "class C:\n def g(self): return 2\n @classmethod\n def f(cls): return cls().g()\nf = C.f",
