@@ -5,6 +5,8 @@ those of pydantic's private and extra fields too, but not what `functools.cached
 holds for dataclasses, attrs classes, models, named tuples and enums of any origin, since their state is their
 fields. Of everything else that is not listed here nothing is known (it may hold a connection, a position, a
 lock), so it is refused, unread.
+
+Longer than most modules because it is one table of types, which is to be read in one place.
 """
 
 from __future__ import annotations
