@@ -237,12 +237,14 @@ async def _key_of(run: TaskRun | FlowRun, policy: CachePolicy) -> Key:
     above = run.flow_run if run.task is not None else getattr(run.parent, "flow_run", None)
     flow_parameters = above.parameters if above is not None else None
     components: Components = {}
-    for part in policy.parts():
+    parts = policy.parts()
+    for part in parts:
         if isinstance(part, ComponentPolicy):
-            if part.is_heavy(run):
-                found = await run.engine.in_thread(part.components, run, inputs, flow_parameters)
+            seen = _policies.seen_by(part, parts, inputs)
+            if part.is_heavy(run, seen):
+                found = await run.engine.in_thread(part.components, run, seen, flow_parameters)
             else:
-                found = part.components(run, inputs, flow_parameters)
+                found = part.components(run, seen, flow_parameters)
             _policies.merge(components, found)
             continue
         text = part.compute_key(run, inputs, flow_parameters)

@@ -12,12 +12,13 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ..storage import SerializationError, StorageError
-from ..storage._serializers import decode
+from ..storage._serializers import decode, is_builtin
 from ..storage._weight import is_heavy, weigh
 from ._caching import policy_of
 from ._commit import uncancelled
 from ._context import TaskRun, new_id
 from ._errors import CacheKeyError
+from ._exact import check_same
 from ._logging import logger
 from ._place import SHAREABLE, Facts, Hit, Place
 from ._steps import ABSENT
@@ -81,8 +82,10 @@ class ChunkWriter:
         serializer = self._place.serializer
         encoded = serializer.encode(value)
         segments = [bytes(segment) for segment in encoded.segments]
-        value = decode(encoded.serializer, segments, using=serializer, imports=True)
-        return value, sum(map(len, segments))
+        copy = decode(encoded.serializer, segments, using=serializer, imports=True)
+        if not is_builtin(serializer):
+            check_same(encoded.serializer, value, copy)
+        return copy, sum(map(len, segments))
 
     async def _write(self) -> None:
         run = self._run

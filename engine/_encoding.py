@@ -25,7 +25,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ._encoding_bulk import BULK, CHUNK, bulk, float_bits
-from ._naming import type_name
+from ._naming import is_user_class, type_name
 
 INLINE = 64 * 1024
 """Texts and buffers longer than this (in bytes) become nodes."""
@@ -171,6 +171,8 @@ class Encoder:
     def refuse(self, value: object) -> bytes:
         """What to do with a value that has no key."""
         if self.lenient:
+            if is_user_class(type(value)):
+                self.met(type(value))
             return self.by_type(value)
         raise RefusedError(type_name(type(value)))
 

@@ -19,9 +19,9 @@ from . import _logging
 from ._draining import Failures, drain
 from ._embedding import Embedding
 from ._errors import ConfigurationError, EngineClosedError
-from ._explain import Explainer
 from ._flights import Room
 from ._limits import Limits
+from ._notes import Explainer
 from ._options import check_runner
 from ._records import Records
 from ._settings import Settings, stamp

@@ -5,6 +5,8 @@ those of pydantic's private and extra fields too, but not what `functools.cached
 holds for dataclasses, attrs classes, models, named tuples and enums of any origin, since their state is their
 fields. Of everything else that is not listed here nothing is known (it may hold a connection, a position, a
 lock), so it is refused, unread.
+
+Longer than most modules because it is one table of types, which is to be read in one place.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import ipaddress
 import operator
 import pathlib
 import re
+import struct
 import types
 import typing
 import uuid
@@ -151,6 +154,7 @@ _CONTENT: dict[type, Content] = {
         + encode.within(".args", value.args)
         + encode.within(".keywords", value.keywords)
     ),
+    struct.Struct: lambda encode, value: encode(value.format),
     operator.itemgetter: lambda encode, value: encode(value.__reduce__()[1]),
     operator.attrgetter: lambda encode, value: encode(value.__reduce__()[1]),
     operator.methodcaller: lambda encode, value: encode(_methodcaller(value)),
@@ -209,6 +213,11 @@ def _builtin(encode: Encoder, value: types.BuiltinFunctionType) -> bytes:
 @handles(types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
 def _descriptor(encode: Encoder, value: types.MethodDescriptorType) -> bytes:
     return encode.node("descriptor", ("", value.__name__), (".__objclass__", value.__objclass__))
+
+
+@handles(staticmethod, classmethod)
+def _unbound(encode: Encoder, value: Any) -> bytes:
+    return encode.node(type(value).__name__, (".__func__", value.__func__))
 
 
 @handles(types.ModuleType)
@@ -321,14 +330,22 @@ def _model(kind: type, base: type) -> Handler:
 
 
 @finds
+def _namespace(kind: type) -> Handler | None:
+    """The options of a script: argparse is not imported for their sake."""
+    if kind.__name__ != "Namespace" or module_name(kind) != "argparse":
+        return None
+    return lambda encode, value: encode.state(type_name(kind), b"", encode.counted(value, dict(vars(value))))
+
+
+@finds
 def _plain(kind: type) -> Handler | None:
     """Named tuples, dataclasses, attrs classes, subclasses of builtin values, and objects of own classes."""
     base = next((base for base in kind.__mro__ if base in _CONTENT), object)
     content = _CONTENT.get(base)
-    if not _is_transparent(kind, base):
-        return None
     name, attributes = type_name(kind), _attributes_of(kind, base)
     own = is_user_class(kind)
+    if not _is_transparent(kind, base):
+        return functools.partial(_by_own_pickling, attributes) if _is_own(kind, base) else None
     fields = kind.__dict__.get("_fields") if base is tuple else None
 
     def encode_plain(encode: Encoder, value: Any) -> bytes:
@@ -346,6 +363,27 @@ def _plain(kind: type) -> Handler | None:
     return encode_plain
 
 
+def _by_own_pickling(attributes: Callable[[Any], dict[str, Any]], encode: Encoder, value: Any) -> bytes:
+    """An object that says itself what to keep of it. What code is bound to counts as it is all the same."""
+    if not encode.lenient:
+        return encode.refuse(value)
+    encode.met(type(value))
+    return encode.state(type_name(type(value)), b"", encode.counted(value, attributes(value)))
+
+
+def _is_own(kind: type, base: type) -> bool:
+    """Whether user code alone made a class, and one whose objects hold no position."""
+    neutral = ("typing", "abc", "collections.abc", "_collections_abc", "contextlib")
+    return (
+        base is object
+        and is_user_class(kind)
+        and all(
+            is_user_class(each) or module_name(each) in neutral for each in kind.__mro__ if each is not object
+        )
+        and not any(hasattr(kind, name) for name in ("__next__", "__anext__", "__await__"))
+    )
+
+
 def _is_transparent(kind: type, base: type) -> bool:
     """Whether attributes and builtin content are all that there is to an object of this type."""
     if kind is base:
@@ -355,15 +393,9 @@ def _is_transparent(kind: type, base: type) -> bool:
         return False
     if base is not object or is_dataclass(kind) or hasattr(kind, "__attrs_attrs__"):
         return True
-    neutral = ("typing", "abc", "collections.abc", "_collections_abc", "contextlib")
-    return (
-        is_user_class(kind)
-        and all(is_user_class(each) or module_name(each) in neutral for each in above)
-        and not any(hasattr(kind, name) for name in ("__next__", "__anext__", "__await__"))
-        and all(
-            getattr(kind, name) is getattr(object, name)
-            for name in ("__getstate__", "__reduce__", "__reduce_ex__")
-        )
+    return _is_own(kind, base) and all(
+        getattr(kind, name) is getattr(object, name)
+        for name in ("__getstate__", "__reduce__", "__reduce_ex__")
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from copy import copy
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -147,7 +147,7 @@ class ComponentPolicy(CachePolicy):
         """
         raise NotImplementedError
 
-    def is_heavy(self, run: TaskRun | FlowRun) -> bool:
+    def is_heavy(self, run: TaskRun | FlowRun, inputs: Mapping[str, Any]) -> bool:
         """Whether computing the components may read files or hash much, and so must leave the loop."""
         return False
 
@@ -192,18 +192,19 @@ class InputsPolicy(ComponentPolicy):
     def components(
         self, task_ctx: Any, inputs: Mapping[str, Any], flow_parameters: Mapping[str, Any] | None
     ) -> Components:
-        digests = _fingerprint.digest_inputs(self._kept(inputs))
+        digests = _fingerprint.digest_inputs(self.kept(inputs))
         if not digests:
             return {"inputs": ABSENT}
         return {f"input {name!r}": digest for name, digest in digests.items()}
 
-    def _kept(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def kept(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments that count."""
         if not self.exclude:
             return inputs
         return {name: value for name, value in inputs.items() if name not in self.exclude}
 
-    def is_heavy(self, run: TaskRun | FlowRun) -> bool:
-        return any(_fingerprint.is_heavy(value) for value in self._kept(run.parameters).values())
+    def is_heavy(self, run: TaskRun | FlowRun, inputs: Mapping[str, Any]) -> bool:
+        return any(_fingerprint.is_heavy(value) for value in self.kept(inputs).values())
 
     def __sub__(self, name: str) -> CachePolicy:
         super().__sub__(name)
@@ -216,7 +217,10 @@ class InputsPolicy(ComponentPolicy):
 
 
 class TaskSourcePolicy(ComponentPolicy):
-    """What the task's code means: its body, and what it reaches of the user's own code."""
+    """What the task's code means: its body, and what it reaches of the user's own code.
+
+    Beside INPUTS, the classes of the arguments count as reached, if they have methods of their own.
+    """
 
     name = "TASK_SOURCE"
     follow_helpers = True
@@ -243,16 +247,34 @@ class TaskSourcePolicy(ComponentPolicy):
             return {"source": ABSENT}
         if task.version is not None:
             return {"version": _fingerprint.digest(task.version)}
-        meaning = _source.source_meaning(task.fn, follow_helpers=self.follow_helpers, owner=task.owner)
+        given = self._given(task, inputs)
+        meaning = _source.source_meaning(
+            task.fn, follow_helpers=self.follow_helpers, owner=task.owner, given=given
+        )
         components = {f"helper {label}": digest for label, digest in meaning.helpers.items()}
         components["source"] = meaning.own
         return components
 
-    def is_heavy(self, run: TaskRun | FlowRun) -> bool:
+    def _given(self, task: Any, inputs: Mapping[str, Any]) -> tuple[type, ...]:
+        given = _source.classes_given(inputs.values()) if self.follow_helpers and inputs else ()
+        # Of `self` the method says itself what it uses.
+        return given if task.owner is None else tuple(each for each in given if each is not task.owner)
+
+    def compute_key(
+        self,
+        task_ctx: Any,
+        inputs: Mapping[str, Any],
+        flow_parameters: Mapping[str, Any] | None,
+        **kwargs: Any,
+    ) -> str | None:
+        return super().compute_key(task_ctx, {}, flow_parameters)
+
+    def is_heavy(self, run: TaskRun | FlowRun, inputs: Mapping[str, Any]) -> bool:
         task = run.task or run.flow
         if task is None or task.version is not None:
             return False
-        return not _source.is_warm(task.fn, follow_helpers=self.follow_helpers, owner=task.owner)
+        given = self._given(task, inputs)
+        return not _source.is_warm(task.fn, follow_helpers=self.follow_helpers, owner=task.owner, given=given)
 
 
 class FlowParametersPolicy(ComponentPolicy):
@@ -268,7 +290,7 @@ class FlowParametersPolicy(ComponentPolicy):
         digests = _fingerprint.digest_inputs(flow_parameters)
         return {f"flow parameter {name!r}": digest for name, digest in digests.items()}
 
-    def is_heavy(self, run: TaskRun | FlowRun) -> bool:
+    def is_heavy(self, run: TaskRun | FlowRun, inputs: Mapping[str, Any]) -> bool:
         flow_run = run.flow_run
         return flow_run is not None and any(map(_fingerprint.is_heavy, flow_run.parameters.values()))
 
@@ -379,8 +401,16 @@ def _merged(policy: CachePolicy, pair: list[CachePolicy]) -> CachePolicy:
     return policy.configure(*(_agreed(option, pair) for option in _CONFIGURED))
 
 
+def seen_by(part: CachePolicy, parts: Sequence[CachePolicy], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments that a part of a sum looks at: TASK_SOURCE at those that INPUTS counts beside it."""
+    if not isinstance(part, TaskSourcePolicy):
+        return inputs
+    kept = [other.kept(inputs) for other in parts if isinstance(other, InputsPolicy)]
+    return kept[0] if len(kept) == 1 else {name: each[name] for each in kept for name in each}
+
+
 def _gather(
-    parts: Iterable[CachePolicy],
+    parts: Sequence[CachePolicy],
     context: Any,
     inputs: Mapping[str, Any],
     flow_parameters: Mapping[str, Any] | None,
@@ -390,7 +420,7 @@ def _gather(
     pending: list[tuple[CachePolicy, Awaitable[Any]]] = []
     for part in parts:
         if isinstance(part, ComponentPolicy):
-            merge(found, part.components(context, inputs, flow_parameters))
+            merge(found, part.components(context, seen_by(part, parts, inputs), flow_parameters))
         elif not isinstance(part, NonePolicy):
             key = part.compute_key(context, inputs, flow_parameters)
             if inspect.isawaitable(key):

@@ -23,6 +23,7 @@ from ..storage._storage import Buffer
 from ..storage._weight import is_heavy
 from ._context import new_id
 from ._copies import MISSING
+from ._exact import encode_exactly
 from ._flights import Served
 from ._intents import OWN, Member, value_of
 from ._logging import logger
@@ -55,7 +56,7 @@ class Records(Lookup):
         Values of `apart_from` bytes and more lie apart from their record, wherever that lies.
 
         Raises:
-            SerializationError: The serializer cannot carry the value.
+            SerializationError: The serializer cannot carry the value, or would change it.
             PickleRefusedError: It would have to be pickled, and the storage is shared.
         """
         if is_heavy(value):
@@ -67,7 +68,7 @@ class Records(Lookup):
         self, place: Place, key: str, value: Any, facts: Facts, apart_from: float = inf
     ) -> Prepared:
         """As `prepare`, on the calling thread, whatever the value weighs."""
-        encoded = place.serializer.encode(value)
+        encoded = encode_exactly(place.serializer, value)
         if uses_pickle(encoded.serializer):
             self._check_pickle(place, type(value).__qualname__, bool(self.signing_keys))
         header = Header(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "__onceflow_meaning__"
 _MISSING = object()
+_MOST = 32
+"""Ways in which a function is remembered to have been asked for."""
 _UNCHANGING = (
     *(kind for kind in SCALARS if kind is not bytearray),
     *(FunctionType, BuiltinFunctionType, ModuleType, type, enum.Enum, re.Pattern),
@@ -149,4 +151,6 @@ def remember(fn: Any, asked: Any, meaning: Meaning, watch: Watch) -> None:
     if memo is None or memo.function() is not fn:
         memo = _Memo(fn)
         setattr(fn, _ATTRIBUTE, memo)
+    if len(memo.found) >= _MOST:  # it was given ever new classes
+        memo.found.clear()
     memo.found[asked] = meaning, watch

@@ -52,7 +52,8 @@ class Names(NamedTuple):
 
     `rebound` names get another value (`global n; n += 1`), the others stay what they are: `changed` ones are
     changed in place (`hits[url] += 1`), and of those in `assigned` an attribute is set, the last one of the
-    chain (`state.n += 1`).
+    chain (`state.n += 1`). `whole` are the arguments that are used otherwise than for an attribute that the
+    code names: handed on, called, iterated, looked into.
     """
 
     used: tuple[Name, ...]
@@ -61,6 +62,7 @@ class Names(NamedTuple):
     assigned: frozenset[Name]
     calls: frozenset[Call]
     imports: tuple[Import, ...]
+    whole: frozenset[str]
 
 
 _known: WeakKeyDictionary[CodeType, Names] = WeakKeyDictionary()
@@ -79,6 +81,7 @@ def names_in(code: CodeType) -> Names:
             frozenset(scan.assigned),
             frozenset(scan.calls),
             tuple(sorted(scan.imports)),
+            frozenset(scan.whole),
         )
     return known
 
@@ -98,6 +101,10 @@ _IDLE = frozenset(
         *("COPY_FREE_VARS", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "GET_ITER"),
     }
 )
+_LEAVES = frozenset(
+    {"STORE_ATTR", "DELETE_ATTR", "COPY", "RETURN_VALUE", "POP_TOP", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD"}
+)
+"""Instructions that take an object and look at nothing of it: `self.n = 1`, `self.n += 1`, `return self`."""
 _ENDS = frozenset(
     {
         *("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD"),
@@ -117,6 +124,7 @@ class _Scan:
         self.assigned: set[Name] = set()
         self.calls: set[Call] = set()
         self.imports: set[Import] = set()
+        self.whole: set[str] = set()
 
     def read(self, code: CodeType, depth: int) -> None:
         _Reading(self, code, depth).run()
@@ -165,7 +173,7 @@ class _Reading:
                 self.jump(each)
                 continue
             if each.opname not in ("LOAD_ATTR", "LOAD_METHOD", "PUSH_NULL"):
-                self.settle()
+                self.settle(each.opname)
             self.step(each)
             self.jump(each)
         self.settle()
@@ -174,11 +182,15 @@ class _Reading:
         if each.opcode in dis.hasjrel and isinstance(each.argval, int):
             self.targets.setdefault(each.argval, list(self.stack))
 
-    def settle(self) -> None:
-        """The name is used as it stands, attributes taken so far included."""
-        if self.pending is not None and (self.pending.scope != "argument" or self.pending.attributes):
-            self.scan.used.add(self.pending)
-        self.pending = None
+    def settle(self, by: str = "") -> None:
+        """The name is used as it stands, attributes taken so far included, by the instruction of this name."""
+        name, self.pending = self.pending, None
+        if name is None:
+            return
+        if name.scope != "argument" or name.attributes:
+            self.scan.used.add(name)
+        elif by not in _LEAVES:
+            self.scan.whole.add(name.root)
 
     def pop(self, count: int = 1) -> _Stack:
         """The topmost values, the last one on top; nothing is known of those below what is known."""
@@ -229,6 +241,14 @@ class _Reading:
             return
         for name in names if isinstance(names, tuple) else (names,):
             self.push(self.local(opname, name) if isinstance(name, str) else None)
+        if self.is_cell(opname, names):
+            self.pending = None  # for a nested function, which tells itself what it does with it
+
+    def is_cell(self, opname: str, name: object) -> bool:
+        """Whether the cell of a variable is loaded, and not its value. Python 3.13 has no opcode for that."""
+        return opname == "LOAD_CLOSURE" or (
+            opname.startswith("LOAD_FAST") and name in (*self.code.co_cellvars, *self.code.co_freevars)
+        )
 
     def local(self, opname: str, name: str) -> Name | None:
         """The variable of the outermost function that is loaded, if it is one."""

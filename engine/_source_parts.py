@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator
 from types import CellType, FunctionType, MemberDescriptorType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ._naming import is_user_class, is_user_function, module_name
 
@@ -114,6 +115,26 @@ def functions_of(value: Any) -> Iterator[FunctionType]:
         yield from functions_of(getattr(value, "wrapped", None))  # pydantic's validators
 
 
+def attribute_hooks(kind: type, found: Any) -> Iterator[FunctionType]:
+    """What a class of the user's own does when an attribute is taken; `found` is what is there already."""
+    for name in ("__getattribute__", "__getattr__") if found is None else ("__getattribute__",):
+        for each in functions_of(inspect.getattr_static(kind, name, None)):
+            if is_user_function(each):
+                yield each
+
+
+def setters(kind: type, name: str) -> Iterator[FunctionType]:
+    """What a class of the user's own does when an attribute is set: that of a property, and __setattr__."""
+    for found in (
+        inspect.getattr_static(kind, name, None),
+        inspect.getattr_static(kind, "__setattr__", None),
+    ):
+        if isinstance(found, property | FunctionType):
+            for each in functions_of(found):
+                if is_user_function(each):
+                    yield each
+
+
 def peek(value: Any, name: str) -> Any:
     """An attribute, found without running any code; None where there is none."""
     found = inspect.getattr_static(value, name, None)
@@ -131,6 +152,24 @@ def is_generated(kind: type, name: str, fn: FunctionType) -> bool:
         ("<string>", "<attrs generated")
     )
     return not written and name.startswith("__") and any(hasattr(kind, maker) for maker in _MAKERS)
+
+
+_with_methods: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def has_methods(kind: type) -> bool:
+    """Whether the class statement, or that of a base of the user's own, holds functions."""
+    known = _with_methods.get(kind)
+    if known is None:
+        known = _with_methods[kind] = any(
+            not is_generated(base, name, each)
+            for base in kind.__mro__
+            if is_user_class(base)
+            for name, value in vars(base).items()
+            for each in functions_of(value)
+            if is_user_function(each)
+        )
+    return known
 
 
 def is_method_of(fn: FunctionType, kind: type) -> bool:

@@ -287,6 +287,13 @@ def is_known(recorded: str, using: Serializer) -> bool:
     return using.reads(recorded) or recorded in _CONCRETE
 
 
+def is_builtin(serializer: Serializer) -> bool:
+    """Whether it is one of those here, which restore a value exactly or refuse it."""
+    while isinstance(serializer, CompressedSerializer):
+        serializer = serializer.inner
+    return type(serializer) in _BUILTIN
+
+
 def uses_pickle(recorded: str) -> bool:
     """Whether reading a record of this serializer runs pickle, and so code of the writer's choosing."""
     return recorded.rpartition("/")[2] == "pickle"
@@ -371,6 +378,7 @@ _MSGPACK, _PICKLE, _JSON, _DEFAULT = (
     JsonSerializer(),
     DefaultSerializer(),
 )
+_BUILTIN = frozenset(map(type, (_MSGPACK, _PICKLE, _JSON, _DEFAULT)))
 _BY_NAME: dict[str, Serializer] = {each.name: each for each in (_DEFAULT, _MSGPACK, _PICKLE, _JSON)}
 _CONCRETE: dict[str, Serializer] = {
     each.name: each for plain in (_MSGPACK, _PICKLE, _JSON) for each in (plain, CompressedSerializer(plain))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from onceflow.engine import DEFAULT, FLOW_PARAMETERS, INPUTS, Engine, flow, task
 from onceflow.storage import LocalStorage, MemoryStorage, Storage, Stored
+from until import until
 
 
 class Counting(MemoryStorage):
@@ -71,6 +72,82 @@ async def test_a_later_process_knows_the_records_of_an_earlier_one(storage: Stor
     async with Engine(storage=storage):
         assert str(await sales.explain("friday")) == "ran: input 'day' changed"
         assert (await sales.explain("monday")).would_hit
+
+
+async def test_the_nearest_of_many_records_is_compared(storage: Storage) -> None:
+    """B28: of everything that a task has recorded, what differs least is compared, and not what is latest."""
+    async with Engine(storage=storage):
+        for day in range(20):
+            await sales(str(day))
+        assert (await sales.explain("3", 2)).changed == ("input 'shop'",)
+    async with Engine(storage=storage):
+        await sales("20", 5)
+        assert (await sales.explain("3", 2)).changed == ("input 'shop'",)
+        assert (await sales.explain("21", 5)).changed == ("input 'day'",)
+    async with Engine(storage=storage):
+        assert (await sales.explain("3", 2)).changed == ("input 'shop'",)
+
+
+async def test_notes_are_bounded(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest records of a task are remembered, up to a number, across engines."""
+    monkeypatch.setattr("onceflow.engine._notes.KEPT", 3)
+    for shops in (range(2), range(2, 7), range(7, 8)):
+        async with Engine(storage=storage):
+            for shop in shops:
+                await sales(str(shop), shop)
+    async with Engine(storage=storage):
+        changed = [(await sales.explain(str(shop), 100)).changed for shop in range(8)]
+    both, one = ("input 'day'", "input 'shop'"), ("input 'shop'",)
+    assert changed == [both] * 5 + [one] * 3
+
+
+async def test_notes_are_written_while_the_engine_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B28: a process that lives on, or is killed, has left its notes: at once the first, then now and then."""
+    monkeypatch.setattr("onceflow.engine._notes.SOON_SHARED", 0.0)
+    storage = Counting()
+    async with Engine(storage=storage):
+        await sales("monday")
+        await until(lambda: storage.writes == 2)
+        async with Engine(storage=storage):
+            assert str(await sales.explain("friday")) == "ran: input 'day' changed"
+        await asyncio.gather(*(sales(str(day)) for day in range(10)))
+        assert storage.writes == 12  # ten seconds have yet to go by
+
+
+KILLED = """
+import asyncio, sys
+from onceflow.engine import INPUTS, Engine, task
+
+@task(cache_policy=INPUTS)
+async def sales(day, shop=1):
+    return day
+
+async def main():
+    async with Engine(storage=sys.argv[1]):
+        if sys.argv[2:]:
+            print(await sales.explain("friday"))
+            return
+        await sales("monday")
+        print("committed", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_process_has_left_its_notes(tmp_path: Path, home: Path) -> None:
+    """B28: the process that comes after one that was killed names what changed since."""
+    await asyncio.to_thread((tmp_path / "script.py").write_text, KILLED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "storage")]
+    first = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    assert await first.stdout.readline() == b"committed\n"
+    notes = home / ".onceflow" / "explain"
+    await until(lambda: asyncio.to_thread(lambda: any(len(note.name) == 64 for note in notes.glob("*"))))
+    first.kill()
+    await first.wait()
+    successor = await asyncio.create_subprocess_exec(*command, "again", stdout=subprocess.PIPE)
+    assert (await successor.communicate())[0] == b"ran: input 'day' changed\n"
 
 
 async def test_notes_cost_a_hit_nothing_and_a_miss_one_read(caplog: pytest.LogCaptureFixture) -> None:

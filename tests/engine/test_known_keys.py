@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onceflow.engine import INPUTS, Engine, flow, task
 from onceflow.engine._fingerprint import digest
@@ -39,6 +39,7 @@ async def test_each_argument_keeps_its_key(engine: Engine) -> None:
             assert [digest(value) for value in got] == [digest(a), digest(b)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.integers(-2, 2), st.booleans(), st.none(), st.text(max_size=2)), max_size=9))
 def test_served_as_computed(values: list[Any]) -> None:
     """K: in whatever order arguments come, a hit is the value of these arguments."""

@@ -485,11 +485,11 @@ class Forgetful:
 
 
 async def test_a_value_that_cannot_be_made_again(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    """R3: a stored value that does not load is a miss with a warning."""
-    await keyed(Forgetful())
-    state = await keyed.run_to_state("new")
-    assert (state.name, state.result()) == ("Completed", "new")
+    """R3, B20: a value that would not load again is returned, not stored, and its writer is told."""
+    value = Forgetful()
+    assert await keyed(value) is value
     assert "not a number" in caplog.text
+    assert await keys_in(engine.storage) == []
 
 
 async def test_returned_values_are_nobody_elses(engine: Engine) -> None:
@@ -529,8 +529,9 @@ class Bomb:
         return _explode, ()
 
 
-def _explode() -> None:
+def _explode() -> Bomb:
     Bomb.exploded = True
+    return Bomb()
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -545,6 +546,7 @@ async def test_foreign_pickles_are_never_loaded(caplog: pytest.LogCaptureFixture
     async with Engine(storage=bucket, settings=Settings(results_allow_pickle=True)):
         await task(plant).with_options(cache_policy=policy)("plain")
         assert len(await keys_in(bucket)) == 1
+    Bomb.exploded = False
     async with Engine(storage=bucket):
         state = await shared.run_to_state("plain")
     assert (state.name, Bomb.exploded) == ("Completed", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.util
 import linecache
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from onceflow.engine import INPUTS, TASK_SOURCE, task
 from onceflow.engine._source import Meaning, is_warm, source_meaning
 from pythons import PYTHONS, Elsewhere, tree_digests
 
@@ -231,6 +233,82 @@ DIFFERENT = {
         "from typing import NamedTuple\nclass T(NamedTuple):\n x: int = 2\ndef f(): return T()",
     ),
     "evaluated annotation": ("def f(x: int): return x", "def f(x: float): return x"),
+    "built-in on self": (
+        "class C:\n def __len__(self): return 1\n def f(self): return len(self)\nf = C.f",
+        "class C:\n def __len__(self): return 2\n def f(self): return len(self)\nf = C.f",
+    ),
+    "self handed on": (
+        "class C:\n def g(self): return 1\n def f(self): return h(self)\ndef h(c): return c.g()\nf = C.f",
+        "class C:\n def g(self): return 2\n def f(self): return h(self)\ndef h(c): return c.g()\nf = C.f",
+    ),
+    "self in a variable": (
+        "class C:\n def g(self): return 1\n def f(self):\n  me = self\n  return me.g()\nf = C.f",
+        "class C:\n def g(self): return 2\n def f(self):\n  me = self\n  return me.g()\nf = C.f",
+    ),
+    "class of self": (
+        "class C:\n k = 1\n def f(self): return type(self).k\nf = C.f",
+        "class C:\n k = 2\n def f(self): return type(self).k\nf = C.f",
+    ),
+    "__class__ of self": (
+        "class C:\n k = 1\n def f(self): return self.__class__.k\nf = C.f",
+        "class C:\n k = 2\n def f(self): return self.__class__.k\nf = C.f",
+    ),
+    "getattr on self": (
+        "class C:\n k = 1\n def f(self): return getattr(self, 'k')\nf = C.f",
+        "class C:\n k = 2\n def f(self): return getattr(self, 'k')\nf = C.f",
+    ),
+    "self called": (
+        "class C:\n def __call__(self): return 1\n def f(self): return self()\nf = C.f",
+        "class C:\n def __call__(self): return 2\n def f(self): return self()\nf = C.f",
+    ),
+    "self indexed": (
+        "class C:\n def __getitem__(self, i): return 1\n def f(self): return self[0]\nf = C.f",
+        "class C:\n def __getitem__(self, i): return 2\n def f(self): return self[0]\nf = C.f",
+    ),
+    "self entered": (
+        "class C:\n def __enter__(self): return 1\n def f(self):\n  with self: return 0\nf = C.f",
+        "class C:\n def __enter__(self): return 2\n def f(self):\n  with self: return 0\nf = C.f",
+    ),
+    "attribute hook": (
+        "class C:\n def __getattr__(self, name): return 1\n def f(self): return self.missing\nf = C.f",
+        "class C:\n def __getattr__(self, name): return 2\n def f(self): return self.missing\nf = C.f",
+    ),
+    "hook of all attributes": (
+        "class C:\n k = 0\n def __getattribute__(self, name): return 1\n def f(self): return self.k\nf = C.f",
+        "class C:\n k = 0\n def __getattribute__(self, name): return 2\n def f(self): return self.k\nf = C.f",
+    ),
+    "hook of all settings": (
+        "class C:\n def __setattr__(self, n, v): self.__dict__[n] = v + 1\n def f(self): self.x = 1\nf = C.f",
+        "class C:\n def __setattr__(self, n, v): self.__dict__[n] = v + 2\n def f(self): self.x = 1\nf = C.f",
+    ),
+    "setter": (
+        "class C:\n p = property(None, lambda self, v: print(1))\n def f(self): self.p = 1\nf = C.f",
+        "class C:\n p = property(None, lambda self, v: print(2))\n def f(self): self.p = 1\nf = C.f",
+    ),
+    "object made by a class method": (
+        "class C:\n def g(self): return 1\n @classmethod\n def f(cls): return cls().g()\nf = C.f",
+        "class C:\n def g(self): return 2\n @classmethod\n def f(cls): return cls().g()\nf = C.f",
+    ),
+    "self in a closure": (
+        "class C:\n def g(self): return 1\n def f(self): return (lambda: self.g())()\nf = C.f",
+        "class C:\n def g(self): return 2\n def f(self): return (lambda: self.g())()\nf = C.f",
+    ),
+    "class of a global iterator": (
+        "class C:\n def __iter__(self): return self\n def __next__(self): return 1\nc = C()\ndef f(): return next(c)",
+        "class C:\n def __iter__(self): return self\n def __next__(self): return 2\nc = C()\ndef f(): return next(c)",
+    ),
+    "state of an object with its own pickling": (
+        "class C:\n def __init__(self, x): self.x = x\n def __getstate__(self): ...\nc = C(1)\ndef f(): return c.x",
+        "class C:\n def __init__(self, x): self.x = x\n def __getstate__(self): ...\nc = C(2)\ndef f(): return c.x",
+    ),
+    "options of a script": (
+        "import argparse\noptions = argparse.Namespace(rate=1)\ndef f(): return options.rate",
+        "import argparse\noptions = argparse.Namespace(rate=2)\ndef f(): return options.rate",
+    ),
+    "static method in a variable": (
+        "g = staticmethod(lambda: 1)\ndef f(): return g()",
+        "g = staticmethod(lambda: 2)\ndef f(): return g()",
+    ),
     "async": ("def f(x): return x", "async def f(x): return x"),
     "decorator of an inner function": (
         "import functools\ndef f():\n @functools.lru_cache(1)\n def g(): return 1\n return g()",
@@ -544,6 +622,104 @@ def test_methods_and_owners(load: Load) -> None:
     assert source_meaning(module.B.f, owner=module.B) == source_meaning(module.B().f)
 
 
+def test_other_methods_do_not_matter(load: Load) -> None:
+    """A method that only takes and sets attributes of `self` by name depends on those, not on its whole class."""
+    text = """
+        class Base:
+            def g(self, step): return step
+        class C(Base):
+            def __init__(self): self.n = 0
+            def f(self, seen):
+                self.n = 1
+                self.n += 1
+                self.n, self.m = 2, 3
+                self.items = [self.k for _ in seen if self.k]
+                def inner(): return self.k + self.g(1)
+                del self.m
+                if super().g(2):
+                    return self
+                return inner, lambda: self.k
+            k = 1
+            def other(self): return 1
+    """
+    before = source_meaning(load(text).C.f)
+    assert before == source_meaning(load(text.replace("other(self): return 1", "other(self): return 2")).C.f)
+    assert before != source_meaning(load(text.replace("k = 1", "k = 2")).C.f)
+
+
+def test_classes_of_arguments(load: Load) -> None:
+    """B15: beside INPUTS, the methods that an argument brings along count; without, and left out, they do not."""
+    text = """
+        import dataclasses
+        class Base:
+            def price(self, x): return x * self.rate
+        @dataclasses.dataclass
+        class Plan(Base):
+            rate: float
+        @dataclasses.dataclass
+        class Plain:
+            rate: float
+        async def f(plan, x=0): return plan.price(x)
+    """
+    policies = [INPUTS + TASK_SOURCE, TASK_SOURCE, INPUTS, INPUTS - "plan" + TASK_SOURCE]
+
+    def keys(text: str, make: Callable[[Any], Any]) -> list[str | None]:
+        module = load(text)
+        tasks = [task(cache_policy=policy)(module.f) for policy in policies]
+        return [asyncio.run(each.cache_key(make(module), 1)) for each in tasks]
+
+    edited = text.replace("x * self.rate", "x + self.rate")
+    for make in (lambda m: m.Plan(2.0), lambda m: [m.Plan(2.0)], lambda m: {"a": m.Plan(2.0)}):
+        before, after = keys(text, make), keys(edited, make)
+        assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, True, True]
+    assert keys(text, lambda m: m.Plain(2.0)) == keys(edited, lambda m: m.Plain(2.0))
+
+
+def test_self_is_no_given_class(load: Load) -> None:
+    """A task that is a method depends on what it takes from `self`, although `self` is among the inputs."""
+    text = """
+        class C:
+            async def f(self): return self.g()
+            def g(self): return 1
+            def other(self): return 1
+    """
+
+    def key(text: str) -> str | None:
+        module = load(text)
+        module.C.f = task(cache_policy=INPUTS + TASK_SOURCE)(module.C.f)
+        bound: Any = module.C().f
+        found: str | None = asyncio.run(bound.cache_key())
+        return found
+
+    assert key(text) == key(text.replace("other(self): return 1", "other(self): return 2"))
+    assert key(text) != key(text.replace("g(self): return 1", "g(self): return 2"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return getattr(helpers, 'LIMIT')",
+        "return limit_of(helpers)",
+        "h = helpers\n    return h.LIMIT",
+        "return {'h': helpers}['h'].LIMIT",
+    ],
+    ids=["getattr", "handed on", "in a variable", "in a container"],
+)
+def test_modules_used_as_a_whole(load: Load, body: str) -> None:
+    """B15: an own module that is handed on or kept counts with all that it says; a library's by its name."""
+    text = f"import helpers\ndef limit_of(m): return m.LIMIT\ndef f():\n    {body}"
+    load("LIMIT = 1", "helpers")
+    before = meaning(load(text))
+    load("LIMIT = 1  # a comment", "helpers")
+    assert meaning(load(text)) == before
+    load("LIMIT = 2", "helpers")
+    after = meaning(load(text))
+    assert {name for name in after.helpers if after.helpers[name] != before.helpers.get(name)} == {
+        "helpers (module)"
+    }
+    assert meaning(load("import math\ndef f(): return getattr(math, 'pi')")).helpers == {}
+
+
 def test_unkeyable_globals_count_by_type(load: Load) -> None:
     """A module-level client or logger has no content: its type counts, and it is no error."""
     text = "import logging, threading\nlog = logging.getLogger({!r})\nlock = threading.{}()\n"
@@ -595,13 +771,22 @@ def test_same_meaning_in_other_pythons(load: Load, tmp_path: Path) -> None:
             @functools.wraps(g)
             def inner(*args, **kwargs): return g(*args, **kwargs)
             return inner
+        class Tally:
+            def __init__(self, x): self.x = x
+            def up(self):
+                self.x += 1
+                return self
+            def all(self): return [self.x for _ in range(3)], lambda: self.x
+            def whole(self): return len(self), f"{self}"
+        class Sum(Tally):
+            def up(self): return super().up()
         @wrap
         def clean(x, *, strict=True): return PATTERN.sub("", f"{x!r:>{LIMIT}}")
         async def f(x):
             total = 0
             async for each in x:
                 try:
-                    total += Point(each).far()
+                    total += Point(each).far() + Sum(each).up().x
                 except* ValueError:
                     del total
             match x:
