@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..locking import LockTimeoutError
 from ..locking._clock import now
+from ..locking._telling import Telling
 from ..storage import ObjectNotFoundError, RecordError
 from ..storage._envelope import unpack_header
 from ..storage._storage import Stored
 from ._claims import HEADER, Claim
+from ._locks import holder_name
 from ._lookup import FIRST
 from ._place import Hit, Miss
 from ._steps import ABSENT
@@ -35,6 +37,7 @@ class _View(NamedTuple):
     before: bytes = b""
     generation: int = 0
     lease: float | None = None
+    holder: str = "somebody"
 
     def left(self, since: float) -> float:
         """Seconds until it may be written over, if it was first seen at `since`."""
@@ -58,15 +61,16 @@ async def claim(
     """
     run, storage, key = call.run, call.place.records, flight.where[1]
     await storage.ensure_conditional()
-    mine = Claim(flight, storage, run.id, run.name, lease, run.engine.records.signing_keys)
+    mine = Claim(flight, storage, holder_name(run), run.name, lease, run.engine.records.signing_keys)
     view = _seen(miss)
-    since, pause = now(), SHORTEST
+    since, pause, telling = now(), SHORTEST, Telling(now())
     while True:
         if view is not None and (left := view.left(since)) > 0:
             run.begin_waiting()
             if patience.left == 0:
                 assert patience.seconds is not None
-                raise LockTimeoutError(key, run.name, storage.url, patience.seconds)
+                raise LockTimeoutError(key, run.name, storage.url, patience.seconds, view.holder)
+            telling.tell(now(), run.name, key, storage.url, view.holder)
             pause = min(LONGEST, random.uniform(SHORTEST, pause * 3))
             await asyncio.sleep(min(pause, left, patience.left or pause))
         elif view is not None:
@@ -111,7 +115,8 @@ async def _look(call: Call, seen: _View | None) -> _View | Hit | None:
         return _whole(stored, 0)
     if header.kind == "claim":
         before = bytes(memoryview(stored.data)[offset:])
-        return _View(stored.version, before, header.token or 0, float(header.extra.get("lease", 30.0)))
+        lease, holder = float(header.extra.get("lease", 30.0)), str(header.extra.get("holder"))
+        return _View(stored.version, before, header.token or 0, lease, holder)
     if header.kind == "free":
         return _View(stored.version, b"", header.token or 0)
     if header.kind == "intent":

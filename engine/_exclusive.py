@@ -175,7 +175,9 @@ def _for_waiters(
     """What all waiters are served from at once; None where the next in line has to look for itself."""
     if not flight.waiters:
         return None
-    records = call.run.engine.records
+    records, ends = call.run.engine.records, written and written.header.expires_at
+    if ends is not None and ends <= call.run.engine.clock():
+        return None
     if written is not None:
         served: Served = records.served(written)
         return served

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import TYPE_CHECKING
 
 from ..locking import Lease, LockManager, LockTimeoutError
@@ -78,6 +80,12 @@ def isolation_of(
     return True, manager
 
 
+def holder_name(holder: TaskRun | FlowRun | transaction) -> str:
+    """What others read who wait for it; no two runs share one."""
+    text = f"{holder.name[:100]} in process {os.getpid()} on {socket.gethostname()}, {holder.id}"
+    return text.encode(errors="replace").decode()
+
+
 async def hold(
     holder: TaskRun | FlowRun | transaction, flight: Flight, manager: LockManager, patience: Patience
 ) -> Held:
@@ -90,17 +98,18 @@ async def hold(
         LockTimeoutError: It was not free in time.
         LockUnavailableError: The lock server does not answer.
     """
-    key = flight.where[1]
-    lease = await manager.acquire(key, holder.id, timeout=0)
+    key, name = flight.where[1], holder_name(holder)
+    lease = await manager.acquire(key, name, timeout=0)
     if lease is None:
         for held in holder.engine.flights.held_above(flight, holder):
             if isinstance(held, Held) and held.locks == manager.url:
                 return Held(flight, held.lease, held.locks, is_lent=True)
         holder.begin_waiting()
-        lease = await manager.acquire(key, holder.id, timeout=patience.left)
+        lease = await manager.acquire(key, name, timeout=patience.left)
     if lease is None:
         assert patience.seconds is not None
-        raise LockTimeoutError(key, holder.name, manager.url, patience.seconds)
+        owner = await manager._owner_of(key)
+        raise LockTimeoutError(key, holder.name, manager.url, patience.seconds, owner)
     return Held(flight, lease, manager.url)
 
 

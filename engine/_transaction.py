@@ -410,7 +410,9 @@ class transaction:
             try:
                 await each.release(committed=staged is not None)
             finally:  # a waiter that is not woken waits for ever
-                self._engine.flights.finish(each.flight, staged.served if staged is not None else None)
+                ends = staged and staged.prepared.header.expires_at
+                is_over = ends is not None and ends <= self._engine.clock()
+                self._engine.flights.finish(each.flight, staged.served if staged and not is_over else None)
 
     # --- the transaction's own record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any, NamedTuple
 
@@ -24,10 +25,14 @@ class Claim:
 
 
 class Busy(NamedTuple):
-    """Somebody else holds the key; look again after so many seconds at the latest."""
+    """Somebody else holds the key; look again after so many seconds at the latest.
+
+    `about` tells people more of the owner, where more is known.
+    """
 
     owner: str | None
     look_again: float
+    about: str = ""
 
 
 def checked_lease(seconds: float) -> float:
@@ -49,6 +54,7 @@ def patience(lease_seconds: float) -> float:
 def check(
     key: str, holder: str | None = "-", timeout: float | None = None, hold_timeout: float | None = None
 ) -> None:
+    check_loop()
     for name, text in (("key", key), ("holder", holder)):
         if not isinstance(text, str):
             raise TypeError(f"The {name} of a lock must be a str, not {type(text).__name__} ({text!r}).")
@@ -56,11 +62,41 @@ def check(
             raise LockConfigurationError(
                 f"The {name} of a lock is empty.", "Give it a name, such as 'report'."
             )
-    if timeout is not None and not timeout >= 0:
+    assert holder is not None
+    if not holder.isascii():
+        try:
+            holder.encode()
+        except UnicodeEncodeError as error:
+            raise LockConfigurationError(
+                f"The holder {holder!r} of a lock is no text that can be written down ({error.reason}).",
+                "Give a name without surrogates.",
+            ) from None
+    _check_seconds("timeout", timeout, "Give 0 to try once, None to wait for ever.")
+    if hold_timeout is not None:
+        _check_seconds("hold_timeout", hold_timeout, _HOLD)
+        if hold_timeout == 0:
+            raise LockConfigurationError("hold_timeout is 0 s.", _HOLD)
+
+
+def check_loop() -> None:
+    """Refuse to go on where asyncio's loop does not run, as under trio, by a message that says so."""
+    if asyncio._get_running_loop() is None:
         raise LockConfigurationError(
-            f"timeout is {timeout!r} s.", "Give 0 to try once, None to wait for ever."
+            "Locks need a running event loop of asyncio, and there is none here.",
+            "Call them from coroutines under asyncio.run(), or anyio's with backend='asyncio'; "
+            "trio is not supported.",
         )
-    if hold_timeout is not None and not hold_timeout > 0:
-        raise LockConfigurationError(
-            f"hold_timeout is {hold_timeout!r} s.", "Give None to hold until released."
+
+
+_HOLD = "Give None to hold until released."
+
+
+def _check_seconds(name: str, seconds: float | None, remedy: str) -> None:
+    if seconds is None:
+        return
+    if not isinstance(seconds, (int, float)):
+        raise TypeError(
+            f"{name} is a number of seconds, not {type(seconds).__name__} ({seconds!r}). {remedy}"
         )
+    if not seconds >= 0:
+        raise LockConfigurationError(f"{name} is {seconds!r} s.", remedy)

@@ -21,17 +21,18 @@ from ..storage._hops import Hops
 from ..storage._names import name_of
 from ._claim import Busy, Claim
 from ._errors import LockAccessError, LockClosedError, LockConfigurationError, LockUnavailableError
+from ._lease import Lease
 from ._manager import logger
 from ._mounts import network_file_system
 from ._queued import QueuedLockManager
 
 fcntl: Any = _fcntl
 
+_SAFELY = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""Never through a link out of the folder, and never waiting for the other end of a pipe that lies there."""
+
 _SHORTEST, _LONGEST = 0.005, 0.05
 """Seconds between two tries, doubling, with jitter. A try that fails costs 10 µs."""
-
-_TELL_AFTER = 30.0
-"""Seconds of waiting after which the log names the process that holds the key."""
 
 _SWEEP_AFTER = 0.5
 """Seconds after which the files of freed keys are removed, many in one hop."""
@@ -43,7 +44,8 @@ _GLANCES = 20
 class FileLockManager(QueuedLockManager):
     """Locks for the processes of one machine: one `flock`ed file for a key that is held, in one folder.
 
-    A key whose holder ends, killed or not, is free at once, so there is no lease to renew and none to lose. The
+    A key whose holder ends, killed or not, is free at once, so there is no lease to renew. It is lost only where
+    somebody deletes its file: others then lock a new one, and `Lease.lost` says so when it is asked. The
     file names the holder for people who look; it is removed soon after the key is free. Tokens count
     microseconds, and always up from the last one in the file and in this process.
 
@@ -51,7 +53,7 @@ class FileLockManager(QueuedLockManager):
     and two system calls on the loop, 30 µs together, none of which waits for a disk that is in order; one hop
     to a thread makes the folder, one removes files.
 
-    A holder here is a holder in this process: the same name in another process waits. On a network file system
+    A holder here is a holder of this manager: the same name elsewhere waits. On a network file system
     these locks are as good as its server's; the log warns once, and a `StorageLockManager` is the better choice.
 
     Args:
@@ -76,7 +78,7 @@ class FileLockManager(QueuedLockManager):
         self._hops = Hops(1, "onceflow-locks")
         self._held: set[int] = set()  # descriptors, for a forked child to close
         self._last_token = 0
-        self._waits: dict[str, _Wait] = {}
+        self._tries: dict[str, int] = {}  # of the first in line for a key
         self._idle: set[str] = set()
         self._checked = False
 
@@ -99,7 +101,7 @@ class FileLockManager(QueuedLockManager):
                     self._sign(fd, claim)
                     self._held.add(fd)
                     claim.handle, fd = fd, -1
-                    self._waits.pop(claim.key, None)
+                    self._tries.pop(claim.key, None)
                     return None
                 info = _read_info(fd)
             except OSError as error:
@@ -107,7 +109,7 @@ class FileLockManager(QueuedLockManager):
             finally:
                 if fd >= 0:
                     os.close(fd)
-            if "holder" in info or claim.key in self._waits:
+            if "holder" in info or claim.key in self._tries:
                 break
             # Whoever holds the lock has not signed: a process that looks, sweeps, or is just about to sign.
             if glance:
@@ -125,9 +127,16 @@ class FileLockManager(QueuedLockManager):
             os.close(fd)
         self._sweep_later(claim.key)
 
+    def _is_kept(self, lease: Lease) -> bool:
+        fd = lease._claim.handle
+        try:
+            return fd is None or os.fstat(fd).st_nlink > 0
+        except OSError:
+            return True  # closed by its release, in another thread
+
     async def _look(self, key: str) -> Busy | None:
         try:
-            fd = os.open(self._file(key), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._file(key), os.O_RDONLY | _SAFELY)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -140,7 +149,7 @@ class FileLockManager(QueuedLockManager):
             os.close(fd)
 
     def _forget(self, key: str) -> None:
-        self._waits.pop(key, None)
+        self._tries.pop(key, None)
 
     async def _close_connections(self) -> None:
         idle, self._idle = self._idle, set()
@@ -154,7 +163,7 @@ class FileLockManager(QueuedLockManager):
             os.close(fd)
         self._held.clear()
         self._idle.clear()
-        self._waits.clear()
+        self._tries.clear()
         super()._after_fork()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -166,7 +175,7 @@ class FileLockManager(QueuedLockManager):
     async def _open(self, path: str, key: str) -> int:
         if self._closed:
             raise LockClosedError(self.url)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | _SAFELY
         try:
             try:
                 fd = os.open(path, flags, 0o600)
@@ -205,23 +214,13 @@ class FileLockManager(QueuedLockManager):
         )
 
     def _busy(self, key: str, info: dict[str, Any]) -> Busy:
-        wait = self._waits.get(key)
-        if wait is None:
-            wait = self._waits[key] = _Wait()
-        wait.tries += 1
-        if not wait.told and time.monotonic() - wait.began > _TELL_AFTER:
-            wait.told = True
-            logger.warning(
-                "Still waiting for the lock %r: process %s on %s holds it as %r since %s.",
-                key,
-                info.get("pid"),
-                info.get("host"),
-                info.get("holder"),
-                time.strftime("%F %T", time.localtime(info.get("since", 0))),
-            )
-        pause = min(_LONGEST, _SHORTEST * 2 ** min(wait.tries, 8))
+        tries = self._tries[key] = self._tries.get(key, 0) + 1
+        pause = min(_LONGEST, _SHORTEST * 2 ** min(tries, 8))
         holder = info.get("holder")
-        return Busy(holder if isinstance(holder, str) else None, pause * random.uniform(0.5, 1))
+        if not isinstance(holder, str):
+            return Busy(None, pause * random.uniform(0.5, 1))
+        about = f"process {info.get('pid')} on {info.get('host')}"
+        return Busy(holder, pause * random.uniform(0.5, 1), about)
 
     def _sweep_later(self, key: str) -> None:
         if not self._idle:
@@ -243,15 +242,6 @@ class FileLockManager(QueuedLockManager):
             return LockConfigurationError(f"{self.path!r} is no folder ({reason}).", "Give another path.")
         remedy = "Close files or raise the limit." if error.errno == errno.EMFILE else "Look at the disk."
         return LockUnavailableError(operation, key, where, reason, remedy)
-
-
-class _Wait:
-    """How long the first in line has been trying."""
-
-    __slots__ = ("began", "told", "tries")
-
-    def __init__(self) -> None:
-        self.began, self.tries, self.told = time.monotonic(), 0, False
 
 
 def _try_lock(fd: int, kind: int | None = None) -> bool:
@@ -280,7 +270,7 @@ def _sweep(paths: set[str]) -> None:
     """Remove the files of keys that nobody holds. For a thread."""
     for path in paths:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | _SAFELY)
         except OSError:
             continue  # gone, or not ours to remove
         try:

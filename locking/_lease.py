@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _RELEASED = "it was released"
 NOT_RENEWED = "no renewal reached the lock server in time"
+_REMOVED = "its lock file was deleted"
 HOLD_OVER = "its hold_timeout is over"
 
 
@@ -136,7 +137,9 @@ class Lease:
         time = self._clock()
         if time >= self._hold_until:
             return HOLD_OVER
-        return NOT_RENEWED if time >= self._deadline else None
+        if time >= self._deadline:
+            return NOT_RENEWED
+        return None if self._manager._is_kept(self) else _REMOVED
 
     def _end(self, reason: str = _RELEASED) -> bool:
         """Whether it was this call that ended the lease."""

@@ -14,7 +14,7 @@ from abc import abstractmethod
 from typing import Any
 from weakref import WeakSet
 
-from ._claim import PATIENCE, Busy, Claim
+from ._claim import PATIENCE, Busy, Claim, check_loop
 from ._clock import now
 from ._errors import LockClosedError, LockUnavailableError
 from ._lease import HOLD_OVER, NOT_RENEWED, Lease
@@ -250,6 +250,7 @@ class LeasingLockManager(LockManager):
         """See `LockManager.aclose`. Who waits gets a LockClosedError."""
         if self._closed:
             return
+        check_loop()
         with self._room.guard:
             self._closed = True
             places = list(self._room.places.values())

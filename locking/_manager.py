@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
 import uuid
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ._errors import LockNotHeldError, LockTimeoutError, LockUnavailableError
 from ._lease import Lease
@@ -88,19 +89,28 @@ class LockManager(ABC):
     ) -> Locked:
         """`async with manager.lock(key) as lease`: hold the key for the block, whatever ends it.
 
-        Without a holder the block is one of its own. With one, blocks may nest and overlap: the last to end
-        frees the key, and none does if the holder had it by `acquire`.
+        Without a holder each block is one of its own, also where several tasks share what this returns. With
+        one, blocks may nest and overlap: the last to end frees the key, and none does if the holder had it by
+        `acquire`.
 
         Raises:
-            LockTimeoutError: The key was not free within `timeout` seconds.
+            LockTimeoutError: The key was not free within `timeout` seconds; it names who holds it.
         """
-        return Locked(self, key, holder or new_holder(), timeout, hold_timeout)
+        return Locked(self, key, holder, timeout, hold_timeout)
 
     async def aclose(self) -> None:  # noqa: B027 - a manager without connections has nothing to do
         """Refuse further use, free what is held through this manager, close its connections. Idempotent."""
 
     def _own_lease(self, key: str, holder: str) -> Lease | None:
         """The holder's lease if this process knows of it, without a request."""
+        return None
+
+    def _is_kept(self, lease: Lease) -> bool:
+        """Whether the lease still is what others find, where this machine can tell without a request."""
+        return True
+
+    async def _owner_of(self, key: str) -> str | None:
+        """Who holds the key, for people; None if nobody does or that cannot be told. At most one request."""
         return None
 
     async def _release_lease(self, lease: Lease) -> None:
@@ -122,32 +132,42 @@ class LockManager(ABC):
 
 
 class Locked:
-    """The block of `LockManager.lock`: enters with the lease, leaves without it."""
+    """The block of `LockManager.lock`: enters with the lease, leaves without it. May be entered again."""
 
-    __slots__ = ("_arguments", "_counted", "_lease", "_manager")
+    __slots__ = ("_arguments", "_inside", "_manager")
 
     def __init__(
-        self, manager: LockManager, key: str, holder: str, timeout: float | None, hold_timeout: float | None
+        self,
+        manager: LockManager,
+        key: str,
+        holder: str | None,
+        timeout: float | None,
+        hold_timeout: float | None,
     ) -> None:
         self._manager = manager
         self._arguments = (key, holder, timeout, hold_timeout)
-        self._counted = True
-        self._lease: Lease | None = None
+        # Which lease each task is inside with, and whether leaving it counts.
+        self._inside: list[tuple[asyncio.Task[Any] | None, Lease, bool]] = []
 
     async def __aenter__(self) -> Lease:
-        key, holder, timeout, _ = self._arguments
+        key, holder, timeout, hold_timeout = self._arguments
+        if holder is None:
+            holder = new_holder()
         had = self._manager._own_lease(key, holder)
-        self._counted = had is None or had._users > 0
-        lease = await self._manager.acquire(*self._arguments)
+        is_counted = had is None or had._users > 0
+        lease = await self._manager.acquire(key, holder, timeout, hold_timeout)
         if lease is None:
-            raise LockTimeoutError(key, holder, self._manager.url, timeout or 0)
-        self._lease = lease
-        lease._users += self._counted
+            owner = await self._manager._owner_of(key)
+            raise LockTimeoutError(key, holder, self._manager.url, timeout or 0, owner)
+        lease._users += is_counted
+        self._inside.append((asyncio.current_task(), lease, is_counted))
         return lease
 
     async def __aexit__(self, *_: object) -> None:
-        lease, self._lease = self._lease, None
-        if lease is None or not self._counted:
+        here = asyncio.current_task()
+        at = next((at for at in reversed(range(len(self._inside))) if self._inside[at][0] is here), -1)
+        lease, is_counted = self._inside.pop(at)[1:]
+        if not is_counted:
             return
         lease._users -= 1
         if lease._users == 0:

@@ -9,11 +9,12 @@ import copy
 import math
 
 from ._claim import Busy, Claim, check
-from ._errors import LockNotHeldError, LockUnavailableError
+from ._errors import LockError, LockNotHeldError, LockUnavailableError
 from ._lease import Lease
 from ._leasing import LeasingLockManager
 from ._owned import see_through, start
 from ._room import Place, Ticket
+from ._telling import Telling
 
 
 class QueuedLockManager(LeasingLockManager):
@@ -33,10 +34,11 @@ class QueuedLockManager(LeasingLockManager):
             place = self._room.place(key)
             place.line.join(holder, ticket)
         watching = timeout == 0  # a try-lock wants no messages
+        telling = Telling(ticket.loop.time())
         try:
             while True:
                 ticket.nudged = False
-                my_turn, look_at = self._standing(place, ticket)
+                my_turn, look_at, busy = self._standing(place, ticket)
                 if my_turn:
                     await self._prepare()
                     busy = await self._attempt(key, place, ticket, hold_timeout)
@@ -49,8 +51,12 @@ class QueuedLockManager(LeasingLockManager):
                 if ticket.lease is not None:
                     lease = ticket.lease
                     return lease
-                if ticket.loop.time() >= deadline:
+                now = ticket.loop.time()
+                if now >= deadline:
                     return None
+                if busy is not None:  # it is the first in line, and speaks for all
+                    telling.tell(now, holder, key, self.url, busy.owner, busy.about)
+                    look_at = min(look_at, telling.due)
                 await ticket.wait(min(look_at, deadline))
         except LockUnavailableError as error:
             self._check_open()  # closing cuts requests off, which says nothing about the server
@@ -65,21 +71,22 @@ class QueuedLockManager(LeasingLockManager):
                 if lease is not None:
                     self._check_open()
 
-    def _standing(self, place: Place, ticket: Ticket) -> tuple[bool, float]:
-        """Whether the ticket may make a request now, and when it must look again (loop time)."""
+    def _standing(self, place: Place, ticket: Ticket) -> tuple[bool, float, Busy | None]:
+        """Whether the ticket may make a request now, when it must look again (loop time), and who is before it."""
         with self._room.guard:
             if ticket.lease is not None:
-                return False, math.inf
+                return False, math.inf, None
             self._check_open()
             if ticket.error is not None:
                 raise ticket.error
             if not place.line.leads(ticket):
-                return False, math.inf
+                return False, math.inf, None
             lease = self._current(place)
             if lease is None:
-                return True, math.inf
+                return True, math.inf, None
             # The holder's own loop ends a hold_timeout, and the first waiter's too: the other may stand still.
-            return False, ticket.loop.time() + lease._hold_until - self._clock()
+            left = lease._hold_until - self._clock()
+            return False, ticket.loop.time() + left, Busy(lease.holder, left)
 
     async def _attempt(
         self, key: str, place: Place, ticket: Ticket, hold_timeout: float | None
@@ -166,6 +173,14 @@ class QueuedLockManager(LeasingLockManager):
             return lease.holder == holder
         busy = await self._look(key)
         return busy is not None and busy.owner == holder
+
+    async def _owner_of(self, key: str) -> str | None:
+        try:
+            lease = self._lease_of(key)
+            busy = await self._look(key) if lease is None else None
+        except LockError:
+            return None  # it is for a message only
+        return lease.holder if lease is not None else busy and busy.owner
 
     async def wait_until_free(self, key: str, timeout: float | None = None) -> bool:
         """See `LockManager.wait_until_free`. However many wait in a process, one of them looks."""

@@ -39,7 +39,7 @@ _SHORTEST, _LONGEST = 0.05, 2.0
 """Seconds between two looks of a waiter: decorrelated jitter (M. Brooker, "Exponential Backoff And Jitter")."""
 
 _PROBE_SECONDS = 30.0
-"""For opening a client and probing the store, once."""
+"""For the first request, which loads and opens a client, and for probing the store, once."""
 
 _MARGIN, _GRACE = 1.1, 0.2
 """A lease counts as abandoned after so many times its length, and so many seconds more."""
@@ -76,7 +76,7 @@ class StorageLockManager(QueuedLockManager):
         super().__init__()
         self.owns_storage = False
         self._seen: dict[str, _Seen] = {}
-        self._probed = False
+        self._probed = self._has_answered = False
 
     @property
     def url(self) -> str:
@@ -204,10 +204,13 @@ class StorageLockManager(QueuedLockManager):
 
     async def _within(self, operation: str, key: str, work: Any, seconds: float = 0) -> Any:
         """The work within its deadline, and the storage's errors in the words of this package."""
-        seconds = seconds or patience(self.lease_seconds)
+        if not seconds:
+            seconds = patience(self.lease_seconds) if self._has_answered else _PROBE_SECONDS
         try:
             async with asyncio.timeout(seconds):
-                return await work
+                answer = await work
+            self._has_answered = True
+            return answer
         except TimeoutError as error:
             raise LockUnavailableError(
                 operation,

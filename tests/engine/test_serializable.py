@@ -28,6 +28,7 @@ from onceflow.engine import (
     transaction,
 )
 from onceflow.locking import LockTimeoutError, MemoryLockManager, StorageLockManager
+from onceflow.locking import _telling as telling
 from onceflow.storage import MemoryStorage, StorageUnavailableError
 from redis_servers import RedisServer
 from serial_ways import WAYS, Side, Way
@@ -378,6 +379,34 @@ async def test_a_wait_for_another_process_is_visible(side: Side) -> None:
         assert [state.name for state in mine.run.states][-2:] == ["Waiting", "Cached"]
 
 
+async def test_a_long_wait_is_told(way: Way, caplog: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B11: who waits for long for another process says so in the log, with the key and the name of its holder."""
+    monkeypatch.setattr(telling, "TELL_AFTER", ((0.05, logging.WARNING),))
+    go, inside = asyncio.Event(), asyncio.Event()
+
+    @task(cache_policy=SERIAL)
+    async def gated(x: int) -> int:
+        inside.set()
+        await go.wait()
+        return x
+
+    async def elsewhere() -> int:
+        async with Side(way):
+            return await gated(1)
+
+    holder = asyncio.create_task(elsewhere())
+    await inside.wait()
+    async with Side(way):
+        waiting = [asyncio.create_task(gated(1)) for _ in range(5)]
+        await until(lambda: "has been waiting" in caplog.text)
+        go.set()
+        assert await asyncio.gather(holder, *waiting) == [1] * 6
+    told = [record.message for record in caplog.records if "has been waiting" in record.message]
+    assert len(told) == 1
+    assert f"{await gated.cache_key(1)}" in told[0]
+    assert "'gated-" in told[0].partition(": ")[2]
+
+
 async def test_a_wait_is_not_work(side: Side) -> None:
     """B11: waiting is not counted against timeout_seconds, and holds no slot of a limit."""
     inside = asyncio.Event()
@@ -423,6 +452,7 @@ async def test_lock_timeout(way: Way, where: str) -> None:
             error = state.error()
             assert isinstance(error, LockTimeoutError)
             assert error.timeout == 0.05
+            assert "gated-" in str(error.owner)
             assert f"{await gated.cache_key(1)}" in str(error)
         assert len(side.engine.flights) == 0
         go.set()
@@ -569,6 +599,43 @@ async def test_a_result_that_cannot_be_stored(side: Side, caplog: Logged) -> Non
     assert counted.runs[1] == 3
     assert caplog.text.count("could not be stored") == 3
     assert await side.is_free(str(await locks.cache_key(1)))
+
+
+async def test_two_engines_cannot_store_the_result(way: Way) -> None:
+    """R5: where no holder's record can be written, the waiters of every process go on, one after the other."""
+    counted = Counted()
+
+    @task(cache_policy=SERIAL)
+    async def locks(x: int) -> Any:
+        await counted.visit(x, seconds=0.001)
+        return threading.Lock()
+
+    async def elsewhere() -> None:
+        async with Side(way) as side:
+            values = await asyncio.gather(*(locks(1) for _ in range(3)))
+            assert len({id(value) for value in values}) == 3
+            assert len(side.engine.flights) == 0
+
+    async with asyncio.timeout(20):
+        await asyncio.gather(elsewhere(), elsewhere())
+    assert counted.runs[1] == 6
+
+
+async def test_a_record_that_is_over_at_once(side: Side) -> None:
+    """E5: who waits is not served by a record that has expired when it is written, but runs in its turn."""
+    counted = Counted()
+
+    @task(cache_policy=SERIAL, cache_expiration=timedelta(seconds=-1))
+    async def brief(x: int) -> int:
+        await counted.visit(x, seconds=0.001)
+        return counted.runs[x]
+
+    async def in_a_block() -> int:
+        async with transaction():
+            return await brief(2)
+
+    assert await asyncio.gather(*(brief(1) for _ in range(3))) == [1, 2, 3]
+    assert await asyncio.gather(*(in_a_block() for _ in range(3))) == [1, 2, 3]
 
 
 async def test_a_large_record_is_refreshed(side: Side) -> None:

@@ -20,6 +20,7 @@ from onceflow.locking import LockTimeoutError
 from processes import line, python
 from redis_servers import RedisServer
 from serial_ways import WAYS, Side, Way
+from until import until
 
 LEASE = 0.6
 SHARED = [kind for kind in WAYS if "memory" not in kind]
@@ -102,6 +103,40 @@ async def test_contention(way: Way, tmp_path: Path) -> None:
 async def test_contention_at_length(way: Way, tmp_path: Path, seed: int) -> None:
     """B7, 2: 8 processes and 200 keys, 50 seeds."""
     await _contend(way, tmp_path / "log", 8, 200, 4, seed)
+
+
+async def test_commands_while_many_wait(tmp_path: Path) -> None:
+    """22: while 800 runs in 4 processes wait for a key on Redis, under 50 commands are sent, and one body runs."""
+    server = await asyncio.to_thread(RedisServer)
+    way = Way("redis", f"file://{tmp_path}/records", server.url, leased=True)
+    go, inside = asyncio.Event(), asyncio.Event()
+
+    @task(cache_policy=SERIAL)
+    async def gated(key: str) -> int:
+        inside.set()
+        await go.wait()
+        return -1
+
+    def subscribed() -> bool:
+        return server.commands().get("subscribe", 0) == 4
+
+    try:
+        async with Side(way), AsyncExitStack() as stack:
+            holder = asyncio.create_task(gated("key"))
+            await inside.wait()
+            workers = [await stack.enter_async_context(worker(way, "many", "key", 200)) for _ in range(4)]
+            for each in workers:
+                assert await line(each) == ["waiting"]
+            await until(lambda: asyncio.to_thread(subscribed))
+            go.set()
+            assert await holder == -1
+            for each in workers:
+                assert await line(each) == ["-1"]
+        counts = await asyncio.to_thread(server.commands)
+        sent = sum(n for name, n in counts.items() if name not in ("ping", "hello", "config|get"))
+        assert sent < 50, counts
+    finally:
+        await asyncio.to_thread(server.kill)
 
 
 # --- the dead, and those who sleep

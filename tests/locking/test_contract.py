@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 from lock_places import Place, turns, until
@@ -17,7 +19,9 @@ from onceflow.locking import (
     LockManager,
     LockNotHeldError,
     LockTimeoutError,
+    lock_manager_from_url,
 )
+from onceflow.locking import _telling as telling
 
 Make = Callable[..., LockManager]
 
@@ -237,10 +241,11 @@ async def test_lock_block(manager: LockManager) -> None:
     """B4: a block frees the key when it ends, fails, times out or is cancelled."""
     async with manager.lock("key", "me") as lease:
         assert lease.holder == "me"
-        with pytest.raises(LockTimeoutError, match="'key'") as caught:
+        with pytest.raises(LockTimeoutError, match=r"'key'.* 'me' holds it") as caught:
             async with manager.lock("key", "you", timeout=0.02):
                 pytest.fail("two inside")
         assert isinstance(caught.value, TimeoutError)
+        assert caught.value.owner == "me"
     assert not await manager.is_locked("key")
     with pytest.raises(RuntimeError, match="broken"):
         async with manager.lock("key"):
@@ -263,6 +268,49 @@ async def test_blocks_of_one_holder_nest(manager: LockManager) -> None:
     async with manager.lock("key", "me"):
         pass
     assert await manager.is_held_by("key", "me")
+
+
+async def test_one_block_for_several_tasks(manager: LockManager) -> None:
+    """B7: tasks that share what `lock()` returned are inside one at a time; with a holder they are inside together."""
+    shared, inside = manager.lock("key"), 0
+
+    async def visit() -> None:
+        nonlocal inside
+        async with shared:
+            inside += 1
+            assert inside == 1
+            await turns(3)
+            inside -= 1
+
+    await asyncio.gather(*(visit() for _ in range(5)))
+    assert not await manager.is_locked("key")
+    named = manager.lock("key", "me")
+    async with named:
+        async with named:
+            assert await manager.is_held_by("key", "me")
+        assert await manager.is_held_by("key", "me")
+    assert not await manager.is_locked("key")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+async def test_a_long_wait_is_told(
+    make: Make, elsewhere: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B11: of many who wait for long the first in line says so, twice: for which key, and who holds it."""
+    monkeypatch.setattr(telling, "TELL_AFTER", ((0.02, logging.INFO), (0.04, logging.WARNING)))
+    caplog.set_level(logging.INFO, "onceflow")
+    manager = make()
+    await held(make() if elsewhere else manager, "key", "the holder")
+    waiting = [asyncio.create_task(manager.acquire("key", f"waiter {number}")) for number in range(10)]
+    await until(lambda: len(caplog.records) == 2)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    for record in caplog.records:
+        assert "'waiter 0'" in record.message
+        assert "'key'" in record.message
+        assert "'the holder' holds it" in record.message
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
 
 
 async def test_waiting_needs_no_thread(make: Make) -> None:
@@ -324,8 +372,28 @@ async def test_bad_requests(manager: LockManager) -> None:
         await manager.acquire("key", "me", timeout=-1)
     with pytest.raises(LockConfigurationError, match="hold_timeout"):
         await manager.acquire("key", "me", hold_timeout=0)
+    with pytest.raises(LockConfigurationError, match="holder"):
+        await manager.acquire("key", "m\ud800")
     with pytest.raises(TypeError, match="key"):
         await manager.acquire(b"key", "me")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="timeout"):
+        await manager.acquire("key", "me", timeout=timedelta(seconds=1))  # type: ignore[arg-type]
+    assert not await manager.is_locked("key")
+
+
+def test_without_asyncio(place: Place) -> None:
+    """88: where asyncio's loop does not run, as under trio, every method says what is needed."""
+    manager = lock_manager_from_url(place.url)
+    for work in (
+        manager.acquire("key", "me"),
+        manager.release("key", "me"),
+        manager.is_locked("key"),
+        manager.wait_until_free("key"),
+        manager.lock("key").__aenter__(),
+        manager.aclose(),
+    ):
+        with pytest.raises(LockConfigurationError, match="asyncio"):
+            work.send(None)
 
 
 async def test_pickles(make: Make) -> None:

@@ -6,12 +6,19 @@ import asyncio
 import fcntl
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 from lock_places import turns, until
-from onceflow.locking import FileLockManager, LockConfigurationError, LockError, LockUnavailableError
+from onceflow.locking import (
+    FileLockManager,
+    LeaseLostError,
+    LockConfigurationError,
+    LockError,
+    LockUnavailableError,
+)
 from onceflow.locking._file import _sweep
 from onceflow.locking._mounts import network_file_system
 
@@ -153,6 +160,37 @@ async def test_a_look_does_not_fail_a_try(tmp_path: Path) -> None:
             assert await manager.acquire("key", "me", timeout=0)
     finally:
         os.close(fd)
+
+
+async def test_deleted_while_held(tmp_path: Path) -> None:
+    """A holder whose lock file is deleted, as with its folder, learns that it is lost, and disturbs nobody."""
+    async with FileLockManager(tmp_path / "locks") as here, FileLockManager(tmp_path / "locks") as there:
+        lease = await here.acquire("key", "me")
+        assert lease is not None
+        await asyncio.to_thread(shutil.rmtree, tmp_path / "locks")
+        second = await there.acquire("key", "you", timeout=0)
+        assert second is not None
+        assert lease.lost
+        with pytest.raises(LeaseLostError, match="deleted"):
+            lease.check()
+        await lease.release()
+        second.check()
+        assert await here.acquire("key", "me", timeout=0) is None
+
+
+async def test_what_is_no_file(tmp_path: Path) -> None:
+    """A pipe, a folder or a link in a lock's place neither stops the loop nor leads out of the folder."""
+    await asyncio.to_thread(os.mkfifo, tmp_path / "pipe.lock")
+    await asyncio.to_thread(os.mkdir, tmp_path / "folder.lock")
+    await asyncio.to_thread(os.symlink, tmp_path / "elsewhere", tmp_path / "link.lock")
+    async with FileLockManager(tmp_path) as manager:
+        for key in ("pipe", "folder", "link"):
+            with pytest.raises(LockError, match=key):
+                await manager.acquire(key, "me", timeout=0)
+        assert not await manager.is_locked("pipe")
+        with pytest.raises(LockError, match="link"):
+            await manager.is_locked("link")
+    assert not await asyncio.to_thread((tmp_path / "elsewhere").exists)
 
 
 async def test_folder_that_is_a_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ contend LOG PROCESSES KEYS CALLS SEED  forks; every process calls every key so o
                                        every execution writes a line to LOG when it enters, and one when it ends
 hold KEY                               calls one key; its body prints `in`, waits for a line, and returns its pid;
                                        then prints `out` and what the call returned
+many KEY CALLS                         calls one key so often at once; prints `waiting`, then what they returned
 forks                                  calls a key, forks while its body runs, and prints what the child was told
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 
 import pytest
 from onceflow.engine import INPUTS, ConfigurationError, Engine, task
+from until import until
 
 POLICY = (INPUTS - "number" - "chosen").configure(isolation_level="SERIALIZABLE")
 _log = ""
@@ -98,6 +100,14 @@ async def hold(engine: Engine, key: str) -> None:
     print("out", value, flush=True)
 
 
+async def many(engine: Engine, key: str, calls: str) -> None:
+    async with engine:
+        waiting = [asyncio.create_task(held(key)) for _ in range(int(calls))]
+        await until(lambda: any(flight.waiters for flight in engine.flights._flights.values()))
+        print("waiting", flush=True)
+        print(*set(await asyncio.gather(*waiting)), flush=True)
+
+
 @task(cache_policy=POLICY)
 async def forking(key: str) -> str:
     pid = os.fork()
@@ -141,6 +151,8 @@ def main(storage: str, locks: str, command: str, *arguments: str) -> None:
         in_children(int(processes), work)
     elif command == "hold":
         asyncio.run(hold(Engine(storage), *arguments))
+    elif command == "many":
+        asyncio.run(many(Engine(storage), *arguments))
     else:
         asyncio.run(forks(Engine(storage)))
 
