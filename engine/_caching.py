@@ -18,6 +18,7 @@ from ._locks import isolation_of
 from ._logging import logger
 from ._place import Hit, Miss, ago
 from ._policies import CachePolicy, ComponentPolicy, Components, NonePolicy, key_from
+from ._transaction import enclosing
 
 if TYPE_CHECKING:
     from ._definition import Definition
@@ -161,6 +162,9 @@ async def explain(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> E
     assert call.key.text is not None
     if call.refresh:
         return explanation(call.key, False, "ran: refresh was asked for")
+    txn = enclosing()
+    if txn is not None and txn.staged(call.where) is not None:
+        return explanation(call.key, True, "cached: staged in this transaction")
     found = await run.engine.records.lookup(call.place, call.key.text)
     if isinstance(found, Hit):
         age = ago(max(0.0, run.engine.clock() - found.header.created))

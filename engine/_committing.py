@@ -11,12 +11,12 @@ from ._errors import CommitError
 from ._explain import reason_for
 from ._locks import Held
 from ._logging import INFO, logger
+from ._outcome import Staged
 from ._place import Facts, Hit, Miss, Place, Prepared, ago
 from ._policies import CachePolicy, Components
 from ._records import LARGE
 from ._states import COMPLETED, FAILED
 from ._steps import Refused, Where
-from ._transaction import Staged
 
 if TYPE_CHECKING:
     from ._definition import Definition

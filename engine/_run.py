@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import _caching
 from ._arguments import LEAVES, Marked, NotReady
-from ._commit import uncancelled
 from ._context import FlowRun, Run, TaskRun, current_run, current_transaction
 from ._ending import call_hooks, end, end_shielded
 from ._errors import RunTimeoutError, UpstreamFailedError
@@ -182,17 +181,17 @@ async def _within(
         else:
             await attempts(run, definition)
     except BaseException:
-        await uncancelled(txn.roll_back())
+        await txn.roll_back()
         raise
     finally:
         current_transaction.reset(token)
     if run.state.type is not COMPLETED:
-        await uncancelled(txn.roll_back())
+        await txn.roll_back()
         return
     if not run.state.is_cached():  # what was committed before is not rolled back
         txn.add_run(run, definition.hooks)
     if txn.is_broken and not txn.joins:
-        await uncancelled(txn.roll_back())  # outside of a block it is no error, and a warning has been given
+        await txn.roll_back()  # outside of a block it is no error, and a warning has been given
     else:
         await txn.end()
 
