@@ -103,6 +103,7 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
         key.components,
         None if expiration is None else run.engine.clock() + expiration.total_seconds(),
         held.token if held is not None else None,
+        run.chunks.stream if run.chunks is not None else None,
     )
     records = run.engine.records
     txn = run.transaction
@@ -129,6 +130,8 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
         logger.warning(
             "%s %r - its result could not be stored, and is not cached: %s", definition.kind, run.name, error
         )
+        if run.chunks is not None:
+            await run.chunks.discard()
         return None
     state.location = key.text
     run.engine.explainer.note(call)

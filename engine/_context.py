@@ -18,6 +18,7 @@ from ._kernel import Life
 if TYPE_CHECKING:
     import asyncio
 
+    from ._chunks import ChunkWriter
     from ._deadlocks import Waiting
     from ._engine import Engine
     from ._flights import Flight
@@ -63,6 +64,8 @@ class Run(Life):
     """What the run, and what cannot end without it, waits for."""
     links: Sequence[Link] = ()
     """The streams that the run reads, with the values that it has in hand."""
+    chunks: ChunkWriter | None = None
+    """What has written the chunks of its stream."""
     holds: dict[Slots, Hold] | None = None
     """The slots that the run's body has."""
     _blocked_on: dict[Flight, int] | None = None

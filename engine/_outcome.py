@@ -79,14 +79,20 @@ async def _write(txn: transaction) -> None:
     records, members = txn.engine.records, list(txn._staged.values())
     if len(members) == 1:
         one = members[0]
-        await records.write(one.prepared, expect=one.expect, exclusive=one.exclusive, replaces=one.replaces)
+        try:
+            await records.write(
+                one.prepared, expect=one.expect, exclusive=one.exclusive, replaces=one.replaces
+            )
+        except Refused:
+            raise
+        except Exception:  # as above
+            if not await records.has_written(one.prepared):
+                raise
         return
     storages = {staged.prepared.place.records.url: staged.prepared.place.records for staged in members}
     for storage in storages.values():
         await storage.ensure_conditional()
-    await records.commit_together(
-        txn.id, [records.member(staged.prepared, staged.expect, staged.exclusive) for staged in members]
-    )
+    await records.commit_together(txn.id, members)
 
 
 def _where_of(txn: transaction, error: Exception) -> Where:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import os
     from types import TracebackType
 
+    from ._chunks import ChunkWriter
     from ._futures import RunFuture
 
 _MISSING = object()
@@ -95,6 +96,7 @@ class transaction:
         self.lock_timeout = lock_timeout
         self._values: dict[str, Any] = {}
         self._staged: dict[Where, Staged] = {}
+        self._wasted: list[ChunkWriter] = []
         self._runs: list[Run] = []
         self._hooks: list[tuple[str, Callable[..., Any], transaction, str]] = []
         self._inner: list[transaction] = []
@@ -182,7 +184,7 @@ class transaction:
             return
         self.check_open("Roll it back")
         self._is_rolled_back = True
-        self._staged.clear()
+        self._waste_all()
 
     def check_open(self, verb: str) -> None:
         if self.state not in ("ACTIVE", "COMMITTED") or self._is_over:
@@ -299,8 +301,11 @@ class transaction:
     def add_record(self, where: Where, staged: Staged) -> None:
         """Take a record in; nothing is kept of a block that is to be rolled back."""
         if self._is_rolled_back:
+            self._waste(staged)
             return
         earlier = self._staged.get(where)
+        if earlier is not None:
+            self._waste(earlier)
         if earlier is not None and (earlier.exclusive or not staged.exclusive):
             # The later value goes, on what the earlier one expected to find; what was seen under a lock holds.
             staged = staged._replace(
@@ -327,6 +332,7 @@ class transaction:
         """Hand everything to the enclosing block, whose outcome decides."""
         for where, staged in self._staged.items():
             around.add_record(where, staged)
+        around._wasted += self._wasted
         around._runs += self._runs
         around._hooks += self._hooks
         around._broken = around._broken or self._broken
@@ -342,9 +348,21 @@ class transaction:
         dropped = False
         at: transaction | None = self
         while at is not None:
-            dropped = at._staged.pop(where, None) is not None or dropped
+            if (staged := at._staged.pop(where, None)) is not None:
+                at._waste(staged)
+                dropped = True
             at = None if at.independent else at.parent
         return dropped
+
+    def _waste(self, staged: Staged) -> None:
+        """The record will never be there: the chunks of its stream go with the outcome."""
+        if staged.run is not None and staged.run.chunks is not None:
+            self._wasted.append(staged.run.chunks)
+
+    def _waste_all(self) -> None:
+        for staged in self._staged.values():
+            self._waste(staged)
+        self._staged.clear()
 
     # --- the outcome
 
@@ -366,13 +384,16 @@ class transaction:
             if self._broken is not None:
                 raise self._broken
             await write(self)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, CommitError) and error.in_doubt:
+                self._staged.clear()  # without a word of what they name: it may be needed
             await self._drop()
             raise
         self._settle("COMMITTED")
         if self.independent:
             self._tell_around()
         await self.release(committed=True)
+        await self._discard()
 
     def _tell_around(self) -> None:
         """Blocks around that hold a key which was written here must not take that for the work of a stranger."""
@@ -392,12 +413,18 @@ class transaction:
             await call_hooks(self._hooks, "on_rollback")
 
     async def _drop(self) -> None:
-        self._staged.clear()
+        self._waste_all()
         self._settle("ROLLED_BACK")
         for run in reversed(self._runs):
             if run.state.is_completed() and run.state.name != "RolledBack":
                 run.enter("roll_back", run.state.data, "rolled back with its transaction")
         await self.release(committed=False)
+        await self._discard()
+
+    async def _discard(self) -> None:
+        wasted, self._wasted = self._wasted, []
+        for chunks in wasted:
+            await chunks.discard()
 
     def _settle(self, state: str) -> None:
         self.state = state
