@@ -164,8 +164,10 @@ class Records(Lookup):
         return version, self._header_of(beginning)
 
     def _header_of(self, beginning: Buffer | None) -> Header | None:
+        if not beginning:
+            return None
         try:
-            return unpack_header(beginning or b"", signing_keys=self.signing_keys)[0]
+            return unpack_header(beginning, signing_keys=self.signing_keys)[0]
         except RecordError:
             return None
 
@@ -200,7 +202,10 @@ class Records(Lookup):
 
     async def sweep(self, records: Storage, values: Storage) -> int:
         """End what abandoned transactions left, and remove values that no record names; how many. See `_orphans`."""
-        return await Sweep(self._carrier, self.signing_keys, records, values).all()
+        return await self._sweep(records, values).all()
+
+    def _sweep(self, records: Storage, values: Storage) -> Sweep:
+        return Sweep(self._carrier, self.signing_keys, records, values, self._clock)
 
     async def sweep_some(self) -> None:
         """The same in small, where this engine has written values apart; what fails is left to the next one."""
@@ -208,7 +213,7 @@ class Records(Lookup):
         for records, values in apart.values():
             try:
                 async with asyncio.timeout(SWEEP_SECONDS):
-                    await Sweep(self._carrier, self.signing_keys, records, values).some()
+                    await self._sweep(records, values).some()
             except Exception as error:  # a storage of the user's own may raise anything
                 logger.info("Values that no record names were not looked for in %s: %r", values.url, error)
 
@@ -251,9 +256,10 @@ class Records(Lookup):
         members = [self.member(each.prepared, each.expect, each.exclusive) for each in staged]
         with self._under_way([each.prepared for each in staged]):
             await self._carrier.commit(tx, members, self.signing_keys)
-        for each in staged:  # their values are the protocol's business
-            if each.replaces is not None and STREAM in each.replaces.extra:
-                await self.forget(each.prepared.place, each.prepared.key, each.replaces)
+        for each, member in zip(staged, members, strict=True):  # their values are the protocol's business
+            replaced = self._header_of(member.old)
+            if replaced is not None and STREAM in replaced.extra:
+                await self.forget(each.prepared.place, each.prepared.key, replaced)
 
     def served(self, prepared: Prepared, *, is_snapshot: bool = False) -> Served:
         """The record for others to be served from, each with a value of its own."""
