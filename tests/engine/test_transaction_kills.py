@@ -221,6 +221,30 @@ async def walk(url: str, tmp_path: Path, way: str, tasks: int) -> None:
         await only_what_is_named(records, storage, reader)
 
 
+@pytest.mark.parametrize("weight", [0, 200_000])
+@pytest.mark.parametrize("count", [40, pytest.param(50_000, marks=pytest.mark.chaos)])
+async def test_killed_at_random(local_url: str, tmp_path: Path, weight: int, count: int) -> None:
+    """53, 56, 63: killed at random moments of a commit of 5, 100 000 times: all or nothing, and nothing is left.
+
+    A process that reads all the time never sees less than it has seen.
+    """
+    stop = tmp_path / "stop"
+    async with (
+        python("transaction_worker.py", "watch", local_url, "rising", "t", "5", str(stop)) as checker,
+        python("transaction_worker.py", "trials", local_url, "5", "t", str(weight), str(count)) as killer,
+        storage_from_url(local_url) as storage,
+    ):
+        outcome = await line(killer, within=60 + count / 5)
+        assert outcome[0] == "killed", outcome
+        assert int(outcome[1]) > count / 10  # the others had ended before
+        await asyncio.to_thread(stop.touch)
+        assert await line(checker) == ["ready"]
+        report = await line(checker)
+        assert report[0] == "reads", report
+        async with Engine(storage=storage) as engine:
+            await only_what_is_named(storage, storage, Reader(engine))
+
+
 async def only_what_is_named(records: Storage, storage: Storage, reader: Reader) -> None:
     """Plain records, and the values and chunks that they name: no object more and none less."""
     everything = {(records.url, key) for key in await all_keys(records)}

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -133,6 +134,54 @@ def serve(url: str) -> None:
         print(ended, flush=True)
 
 
+async def _commit_soon(url: str, keys: list[str], number: int, weight: int, ready: int) -> None:
+    async with storage_from_url(url) as storage, Engine(storage=storage), transaction():
+        await asyncio.gather(*(write(key, number, weight) for key in keys))
+        os.write(ready, b"!")
+
+
+def trials(url: str, tasks: int, name: str, weight: int, count: int) -> None:
+    """Fork a process that commits, and kill it some time after it has begun to, over and over; look after each.
+
+    Says what is wrong, or how many were killed, and how many of these before they had committed.
+    """
+    asyncio.run(_probe(url))
+    keys, window = keys_of(tasks, name), 0.0
+    killed = undone = 0
+    committed: int | None = None
+    with asyncio.Runner() as runner:
+        engine = runner.run(Engine(storage=url).open())
+        reader = Reader(engine)
+        for number in range(1, count + 1):
+            read, ready = os.pipe()
+            child = os.fork()
+            if child == 0:
+                asyncio.run(_commit_soon(url, keys, number, weight, ready))
+                os._exit(0)
+            os.close(ready)
+            os.read(read, 1)
+            os.close(read)
+            begun = time.perf_counter()
+            if window:
+                time.sleep(random.uniform(0, window))
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            if not window:
+                window = time.perf_counter() - begun
+            else:  # so that both happen often
+                window *= 1.05 if os.WIFSIGNALED(status) else 0.9
+            values = {runner.run(reader.read(key)) for key in keys}
+            if len(values) != 1 or not values <= {committed, number}:
+                print(f"mixed: {values} after {committed} in trial {number}", flush=True)
+                return
+            killed += os.WIFSIGNALED(status)
+            undone += values == {committed}
+            (committed,) = values
+        runner.run(engine.records.sweep(engine.storage, engine.storage))
+        runner.run(engine.aclose())
+    print(f"killed {killed} undone {undone}", flush=True)
+
+
 async def storm(url: str, tasks: int, name: str) -> None:
     """Commit for ever, each time under a mark that no other transaction has; some are rolled back."""
     async with storage_from_url(url) as storage, Engine(storage=storage):
@@ -211,6 +260,8 @@ if __name__ == "__main__":
     _, work, *arguments = sys.argv
     if work == "watch":
         asyncio.run(watch(*arguments))
+    elif work == "trials":
+        trials(arguments[0], int(arguments[1]), arguments[2], int(arguments[3]), int(arguments[4]))
     elif work == "storm":
         asyncio.run(storm(arguments[0], int(arguments[1]), arguments[2]))
     else:
