@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -221,8 +223,44 @@ async def walk(url: str, tmp_path: Path, way: str, tasks: int) -> None:
         await only_what_is_named(records, storage, reader)
 
 
-@pytest.mark.parametrize("weight", [0, 200_000])
-@pytest.mark.parametrize("count", [40, pytest.param(50_000, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize(
+    ("at", "outcome", "meanwhile", "then"),
+    [
+        (1, "committed", None, 7),
+        (2, "refused False", None, None),
+        (3, "refused False", None, None),
+        (4, "committed", 7, 7),
+    ],
+    ids=["nothing written", "one intent", "two intents", "decided"],
+)
+async def test_a_writer_that_is_paused_past_its_lease(
+    local_url: str, at: int, outcome: str, meanwhile: int | None, then: int | None
+) -> None:
+    """57: stopped at any write before the decision, and aborted when its lease is over, it is refused when it goes on.
+
+    Stopped after it, it has committed, whatever others do meanwhile.
+    """
+    keys, passed = keys_of(2, "paused"), 0.0
+    async with (
+        storage_from_url(local_url) as storage,
+        Engine(storage=storage) as engine,
+        python("transaction_worker.py", "pause", local_url, "2", "paused", "7", str(at)) as writer,
+    ):
+        reader = Reader(engine)
+        engine.records._carrier._clock = lambda: passed
+        assert await line(writer) == ["ready"]
+        await asyncio.to_thread(os.waitid, os.P_PID, writer.pid, os.WSTOPPED | os.WNOWAIT)
+        for _ in range(3):  # seen, seen for longer than the lease, and ended
+            assert {await reader.read(key) for key in keys} == {meanwhile}
+            passed += 100
+        writer.send_signal(signal.SIGCONT)
+        assert await line(writer) == outcome.split()
+        assert {await reader.read(key) for key in keys} == {then}
+        assert len(await headers_in(storage, "paused")) == (0 if then is None else 2)
+
+
+@pytest.mark.parametrize("weight", [pytest.param(0, marks=pytest.mark.chaos), 200_000])
+@pytest.mark.parametrize("count", [20, pytest.param(50_000, marks=pytest.mark.chaos)])
 async def test_killed_at_random(local_url: str, tmp_path: Path, weight: int, count: int) -> None:
     """53, 56, 63: killed at random moments of a commit of 5, 100 000 times: all or nothing, and nothing is left.
 

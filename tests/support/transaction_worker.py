@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onceflow.engine import Engine, task, transaction
+from onceflow.engine._errors import CommitError
 from onceflow.engine._place import Hit, Place
 from onceflow.locking import MemoryLockManager, StorageLockManager
 from onceflow.storage import LocalStorage, MemoryStorage, S3Storage, Storage, storage_from_url
@@ -54,7 +55,7 @@ def dying(base: type[Any]) -> type[Any]:
             if key[0] not in ".\0":  # the engine's own notes do not count
                 Countdown.left -= 1
                 if Countdown.left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), Countdown.signal)
             return Countdown.lock
 
     return Dying
@@ -65,6 +66,7 @@ class Countdown:
 
     left = -1
     lock: asyncio.Lock
+    signal = signal.SIGKILL
 
 
 def mortal(url: str) -> Storage:
@@ -182,6 +184,18 @@ def trials(url: str, tasks: int, name: str, weight: int, count: int) -> None:
     print(f"killed {killed} undone {undone}", flush=True)
 
 
+async def pause(url: str, tasks: int, name: str, number: int, at: int) -> None:
+    """Commit, stopped instead of the `at`-th write until somebody continues it; say how it ended."""
+    Countdown.signal = signal.SIGSTOP
+    print("ready", flush=True)
+    try:
+        await commit(url, tasks, name, number, at, 0, "plain")
+    except CommitError as error:
+        print(f"refused {error.in_doubt}", flush=True)
+    else:
+        print("committed", flush=True)
+
+
 async def storm(url: str, tasks: int, name: str) -> None:
     """Commit for ever, each time under a mark that no other transaction has; some are rolled back."""
     async with storage_from_url(url) as storage, Engine(storage=storage):
@@ -260,6 +274,10 @@ if __name__ == "__main__":
     _, work, *arguments = sys.argv
     if work == "watch":
         asyncio.run(watch(*arguments))
+    elif work == "pause":
+        asyncio.run(
+            pause(arguments[0], int(arguments[1]), arguments[2], int(arguments[3]), int(arguments[4]))
+        )
     elif work == "trials":
         trials(arguments[0], int(arguments[1]), arguments[2], int(arguments[3]), int(arguments[4]))
     elif work == "storm":
