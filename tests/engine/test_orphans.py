@@ -15,6 +15,7 @@ import pytest
 from onceflow.engine import INPUTS, TASK_SOURCE, Engine, task, transaction
 from onceflow.engine._chunks import CHUNK
 from onceflow.engine._errors import CommitError
+from onceflow.engine._intents import Member, Writer, intent
 from onceflow.engine._orphans import MINUTE, WEEK, Sweep, value_name
 from onceflow.engine._place import Place
 from onceflow.locking import StorageLockManager
@@ -337,6 +338,24 @@ async def test_values_of_a_transaction_that_others_have_not_settled(engine: Engi
         await Sweep(engine.records._carrier, (), storage, storage).some()
         assert len(await apart_in(storage)) == 2
         assert [(await here.run_to_state(x)).name for x in (1, 2)] == ["Cached", "Cached"], at
+
+
+async def test_values_of_a_transaction_that_is_under_way_elsewhere() -> None:
+    """60: what the intent of somebody who may be alive names, in either half, stays."""
+    storage = MemoryStorage(f"test-{uuid4().hex}")
+    names = [value_name(Place(storage, None, None), "k") for _ in range(2)]  # type: ignore[arg-type]
+    new, old = (
+        b"".join(pack(Header("k", location=name, extra={"own": True}), [b"value"])[:1]) for name in names
+    )
+    member = Member((storage.url, "k"), new)
+    member.old = old
+    for name in names:
+        await storage.write(name, b"value")
+    await storage.write("k", intent(Writer("tx", 30.0, ("elsewhere", "", 1, "")), [member], 0))
+    assert await sweep(storage, age=10 * WEEK) == 0
+    await storage.write("k", new)
+    assert await sweep(storage) == 1
+    assert await apart_in(storage) == names[:1]
 
 
 async def test_a_claimed_key_of_a_stream(storage: Storage) -> None:
