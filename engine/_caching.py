@@ -17,6 +17,7 @@ from ._locks import isolation_of
 from ._logging import logger
 from ._place import Hit, Miss, ago, storage_key
 from ._policies import CachePolicy, ComponentPolicy, Components, NonePolicy, key_from
+from ._transaction import enclosing
 
 if TYPE_CHECKING:
     from ._definition import Definition
@@ -132,10 +133,10 @@ async def call_for(
     return Call(run, definition, attempts, policy, place, key, where, _must_refresh(run, definition))
 
 
-async def undo_unless_committed(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
-    """Remove what a run that was broken off has stored beside its record, unless that was written after all."""
+async def drop_chunks_unless_committed(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> None:
+    """Remove the chunks of a stream that was broken off, unless its record was written after all."""
     assert run.key is not None
-    assert run.undo is not None
+    assert run.chunks is not None
     try:
         place = run.engine.place_for(run, policy_of(run, definition))
         found = await run.engine.records.lookup(place, run.key)
@@ -143,7 +144,7 @@ async def undo_unless_committed(run: TaskRun | FlowRun, definition: Definition[.
         logger.warning("%s %r - what it has stored stays behind: %s", definition.kind, run.name, error)
         return
     if not isinstance(found, Hit) or found.header.run_id != run.id:
-        await run.undo()
+        await run.chunks.discard()
 
 
 async def look_up_value(call: Call) -> Any:
@@ -174,6 +175,9 @@ async def explain(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> E
     assert call.key.text is not None
     if call.refresh:
         return explanation(call.key, False, "ran: refresh was asked for")
+    txn = enclosing()
+    if txn is not None and txn.staged(call.where) is not None:
+        return explanation(call.key, True, "cached: staged in this transaction")
     found = await run.engine.records.lookup(call.place, call.key.text)
     if isinstance(found, Hit):
         age = ago(max(0.0, run.engine.clock() - found.header.created))

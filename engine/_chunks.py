@@ -8,6 +8,7 @@ A stream that is broken off, or fails, leaves no record, and its chunks are remo
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -20,6 +21,7 @@ from ._context import TaskRun, new_id
 from ._errors import CacheKeyError
 from ._exact import check_same
 from ._logging import logger
+from ._orphans import chunk_name, streaming
 from ._place import SHAREABLE, Facts, Hit, Place
 from ._steps import ABSENT
 
@@ -28,9 +30,8 @@ CHUNK = 1024 * 1024
 _MARK = "onceflow.stream"
 
 
-def _place_of(run: TaskRun) -> Place:
-    """Where the chunks of a run's stream lie: with its values."""
-    place = run.engine.place_for(run, policy_of(run, run.task))
+def _values_of(place: Place) -> Place:
+    """Where the chunks of a stream lie: with its values."""
     return place._replace(key_storage=None, location=None)
 
 
@@ -38,13 +39,22 @@ class ChunkWriter:
     """Collects values, and writes a chunk whenever enough have come together."""
 
     def __init__(self, run: TaskRun, place: Place) -> None:
-        self._run = run
-        self._place = place
+        assert run.key is not None
+        self._run = weakref.proxy(run)  # which knows this writer
+        self._owner = place, run.key
+        self._place = _values_of(place)
+        self.stream = new_id()
+        streaming[self.stream] = self
         self._values: list[Any] = []
         self._weight = 0
         self._count = 0
         self._keys: list[str] = []
         self._error: Exception | None = None
+
+    @property
+    def are_there(self) -> bool:
+        """Whether chunks lie in the storage."""
+        return bool(self._keys)
 
     @classmethod
     def of(cls, run: TaskRun) -> ChunkWriter | None:
@@ -52,9 +62,10 @@ class ChunkWriter:
         if run.key is None:
             return None
         try:
-            return cls(run, _place_of(run))
+            run.chunks = cls(run, run.engine.place_for(run, policy_of(run, run.task)))
         except CacheKeyError:
             return None  # the run has warned of it, and goes without a record
+        return run.chunks
 
     async def add(self, value: Any) -> None:
         """Take a value in, as it is now: its reader may go on to change it."""
@@ -89,7 +100,7 @@ class ChunkWriter:
 
     async def _write(self) -> None:
         run = self._run
-        key = f"chunk-{new_id()}"
+        key = chunk_name(*self._owner, self.stream, len(self._keys))
         values, self._values, self._weight = self._values, [], 0
         prepared = await run.engine.records.prepare(self._place, key, values, Facts(run.id, run.task.name))
         self._keys.append(key)
@@ -133,7 +144,7 @@ class ChunkReader:
 
     def __init__(self, run: TaskRun) -> None:
         self._run = run
-        self._place = _place_of(run)
+        self._place = _values_of(run.engine.place_for(run, policy_of(run, run.task)))
         self.count = 0
         """How many values have been read."""
         self.is_whole = False

@@ -11,12 +11,12 @@ from ._errors import CommitError
 from ._explain import reason_for
 from ._locks import Held
 from ._logging import INFO, logger
+from ._outcome import Staged
 from ._place import Facts, Hit, Miss, Place, Prepared, ago
 from ._policies import CachePolicy, Components
 from ._records import LARGE
 from ._states import COMPLETED, FAILED
 from ._steps import Refused, Where
-from ._transaction import Staged
 
 if TYPE_CHECKING:
     from ._definition import Definition
@@ -103,6 +103,7 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
         key.components,
         None if expiration is None else run.engine.clock() + expiration.total_seconds(),
         held.token if held is not None else None,
+        run.chunks.stream if run.chunks is not None else None,
     )
     records = run.engine.records
     txn = run.transaction
@@ -126,11 +127,11 @@ async def commit(call: Call, miss: Miss, held: Held | Claim | None = None) -> Pr
     except Exception as error:  # a storage of the user's own may raise anything
         if txn is not None:
             txn.break_with(CommitError(key.text, str(error), run.name))
-        elif run.undo is not None:
-            await run.undo()
         logger.warning(
             "%s %r - its result could not be stored, and is not cached: %s", definition.kind, run.name, error
         )
+        if run.chunks is not None:
+            await run.chunks.discard()
         return None
     state.location = key.text
     run.engine.explainer.note(call)

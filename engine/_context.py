@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
@@ -18,6 +18,7 @@ from ._kernel import Life
 if TYPE_CHECKING:
     import asyncio
 
+    from ._chunks import ChunkWriter
     from ._deadlocks import Waiting
     from ._engine import Engine
     from ._flights import Flight
@@ -63,6 +64,8 @@ class Run(Life):
     """What the run, and what cannot end without it, waits for."""
     links: Sequence[Link] = ()
     """The streams that the run reads, with the values that it has in hand."""
+    chunks: ChunkWriter | None = None
+    """What has written the chunks of its stream."""
     holds: dict[Slots, Hold] | None = None
     """The slots that the run's body has."""
     _blocked_on: dict[Flight, int] | None = None
@@ -70,8 +73,6 @@ class Run(Life):
     name_template: str | Callable[..., str] | None = None
     carrier: asyncio.Task[Any] | None = None
     """The asyncio task of a run that an engine knows of."""
-    undo: Callable[[], Awaitable[None]] | None = None
-    """Removes what the run has stored beside its record, for the case that there will be no record."""
     _id: str | None = None
     _name: str | None = None
 

@@ -239,6 +239,7 @@ class Engine(Embedding, Stores):
         closings: list[Callable[[], Awaitable[None]]] = [
             functools.partial(self.explainer.flush, self.records.signing_keys)
         ]
+        closings.append(self.records.sweep_some)
         closings += [storage.aclose for storage in self._own.values()]
         if self._own_locks is not None:
             closings.append(self._own_locks.aclose)

@@ -165,8 +165,8 @@ async def _take_again(
 async def _not_published(call: Call, reason: str, instead: str) -> None:
     run = call.run
     logger.warning("%s %r - its result is not published: %s. %s", run.kind, run.name, reason, instead)
-    if run.undo is not None:
-        await run.undo()
+    if run.chunks is not None:
+        await run.chunks.discard()
 
 
 def _for_waiters(

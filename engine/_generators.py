@@ -289,11 +289,7 @@ async def stream_body(task: GeneratorTask[..., Any], run: TaskRun) -> Any:
             if not await run.channel.give(value):
                 run.enter("cancel", message="the stream was closed before its end")
                 raise asyncio.CancelledError
-        if writer is None:
-            return None
-        names = await writer.finish()
-        run.undo = writer.discard
-        return names
+        return await writer.finish() if writer is not None else None
     except BaseException:
         await uncancelled(_clean_up(body, writer))
         raise

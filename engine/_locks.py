@@ -7,11 +7,9 @@ import socket
 from typing import TYPE_CHECKING
 
 from ..locking import Lease, LockManager, LockTimeoutError
-from ._commit import uncancelled
 from ._errors import ConfigurationError
-from ._flights import Flight, Lead, Patience
+from ._flights import Flight, Patience
 from ._logging import logger
-from ._place import Hit
 from ._policies import IsolationLevel
 
 if TYPE_CHECKING:
@@ -111,42 +109,3 @@ async def hold(
         owner = await manager._owner_of(key)
         raise LockTimeoutError(key, holder.name, manager.url, patience.seconds, owner)
     return Held(flight, lease, manager.url)
-
-
-async def open_keyed(txn: transaction, timeout: float | None) -> None:
-    """The opening of a keyed transaction: look its record up, and hold its key where it is SERIALIZABLE.
-
-    Cancelled, it holds nothing.
-    """
-    try:
-        await _open_keyed(txn, timeout)
-    except BaseException:
-        await uncancelled(txn._release(committed=False))
-        raise
-
-
-async def _open_keyed(txn: transaction, timeout: float | None) -> None:
-    records, place, key = txn._engine.records, txn._place(), txn._own_key()
-    found = None if txn.overwrite else await records.lookup(place, key)
-    if not isinstance(found, Hit) and txn.isolation_level is IsolationLevel.SERIALIZABLE:
-        await _hold_for(txn, Patience(timeout))
-        found = await records.lookup(place, key, exclusive=True)
-    if isinstance(found, Hit) and not txn.overwrite:
-        txn.state = "COMMITTED"
-        await txn._release(committed=False)
-    elif found is not None:
-        txn._expectation = (found.version, bool(txn.held))
-
-
-async def _hold_for(txn: transaction, patience: Patience) -> None:
-    """Take a keyed transaction's key, in the same room and of the same manager as runs do."""
-    engine = txn._engine
-    assert txn.lock_manager is not None
-    entered = await engine.flights.enter((txn._place().records.url, txn._own_key()), txn, patience)
-    if not isinstance(entered, Lead):
-        return  # served by another's commit, or held by this very tree
-    try:
-        txn.held.append(await hold(txn, entered.flight, txn.lock_manager, patience))
-    except BaseException:
-        engine.flights.finish(entered.flight, None)
-        raise

@@ -56,6 +56,7 @@ class Lookup(Failures):
     ) -> None:
         self._offload = offload
         self._carrier = Carrier(storage_at)
+        self._apart: dict[tuple[str, str], tuple[Storage, Storage]] = {}
         self._clock = clock
         self.signing_keys = tuple(signing_keys)
         self._allow_pickle = allow_pickle

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..storage import StorageError
+from ._commit import uncancelled
+from ._ending import HOOK_SECONDS
 from ._errors import CommitError
 from ._logging import logger
 from ._steps import InDoubt, Refused, Where
 
 if TYPE_CHECKING:
-    from ._transaction import Staged, transaction
+    from ..storage._envelope import Header
+    from ._context import Run
+    from ._flights import Served
+    from ._place import Prepared
+    from ._transaction import transaction
+
+
+class Staged(NamedTuple):
+    """A record that waits for the transaction's outcome.
+
+    `expect` is the version that it replaces and `replaces` that one's header, as far as somebody has looked;
+    `exclusive` says that the key is held. `run` is the one whose result it is, None for a keyed transaction's.
+    """
+
+    prepared: Prepared
+    expect: str | None
+    exclusive: bool
+    served: Served
+    run: Run | None = None
+    replaces: Header | None = None
+
 
 Hook = tuple[str, Callable[..., Any], "transaction", str]
 """When, what, with which transaction, and the name of the run whose hook it is."""
@@ -56,14 +79,20 @@ async def _write(txn: transaction) -> None:
     records, members = txn.engine.records, list(txn._staged.values())
     if len(members) == 1:
         one = members[0]
-        await records.write(one.prepared, expect=one.expect, exclusive=one.exclusive, replaces=one.replaces)
+        try:
+            await records.write(
+                one.prepared, expect=one.expect, exclusive=one.exclusive, replaces=one.replaces
+            )
+        except Refused:
+            raise
+        except Exception:  # as above
+            if not await records.has_written(one.prepared):
+                raise
         return
     storages = {staged.prepared.place.records.url: staged.prepared.place.records for staged in members}
     for storage in storages.values():
         await storage.ensure_conditional()
-    await records.commit_together(
-        txn.id, [records.member(staged.prepared, staged.expect, staged.exclusive) for staged in members]
-    )
+    await records.commit_together(txn.id, members)
 
 
 def _where_of(txn: transaction, error: Exception) -> Where:
@@ -82,10 +111,42 @@ def _failure(txn: transaction, where: Where, reason: str, *, in_doubt: bool = Fa
 
 
 async def call_hooks(hooks: Sequence[Hook], event: str) -> None:
-    """Call the hooks of the outcome: commits in order, rollbacks in reverse. One that raises is logged."""
+    """Call the hooks of the outcome: commits in order, rollbacks in reverse. One that raises is logged.
+
+    Cancelled, or called on the way out of something cancelled, it gives them `HOOK_SECONDS`, and breaks them off.
+    """
     called = [hook for hook in hooks if hook[0] == event]
-    verb = "commit" if event == "on_commit" else "rollback"
-    for _, hook, txn, owner in called if event == "on_commit" else reversed(called):
+    if not called:
+        return
+    pending = deque(called if event == "on_commit" else reversed(called))
+    work = asyncio.ensure_future(_call(pending, "commit" if event == "on_commit" else "rollback"))
+    if not asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
+        try:
+            await asyncio.shield(work)
+            return
+        except asyncio.CancelledError:
+            await _hurry(work, pending)
+            raise
+    await _hurry(work, pending)
+
+
+async def _hurry(work: asyncio.Task[None], pending: deque[Hook]) -> None:
+    try:
+        await uncancelled(asyncio.wait([work], timeout=HOOK_SECONDS))
+    finally:
+        if not work.done():
+            logger.warning(
+                "%d hooks of a transaction were broken off after %g s", len(pending) + 1, HOOK_SECONDS
+            )
+            pending.clear()
+            work.cancel()
+    if work.done():
+        work.result()
+
+
+async def _call(pending: deque[Hook], verb: str) -> None:
+    while pending:
+        _, hook, txn, owner = pending.popleft()
         name = getattr(hook, "__name__", repr(hook))
         logger.info("Task run %r - Running %s hook %r", owner, verb, name)
         try:
@@ -95,8 +156,7 @@ async def call_hooks(hooks: Sequence[Hook], event: str) -> None:
         except (KeyboardInterrupt, SystemExit):
             raise
         except asyncio.CancelledError:
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # we run in one
-                raise  # the loop is being closed
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]  # as above
             logger.warning("Task run %r - %s hook %r was cancelled", owner, verb.capitalize(), name)
         except BaseException:
             logger.exception(

@@ -66,6 +66,7 @@ class Facts:
     components: dict[str, str] = field(default_factory=dict)
     expires_at: float | None = None
     token: int | None = None
+    stream: str | None = None
 
 
 class Prepared(NamedTuple):

@@ -453,20 +453,21 @@ def replace_one(where: Where, record: Sequence[Buffer], keys: Keys) -> Steps:
 
 
 def remove_one(where: Where, values_at: str, keys: Keys) -> Steps:
-    """Remove what is committed there, and the value it names; whether there was a record."""
+    """Remove what is committed there, and the value it names; returns the record's beginning, empty for none."""
     while True:
         found: Found | None = yield from plain(where, keys)
         if found is None:
-            return False
+            return b""
         try:
             yield from _bury(where, b"", found.version, keys)
             break
         except Conflict:
             continue
-    value = value_of(committed(found.data, keys), values_at, keys)
+    record = committed(found.data, keys)
+    value = value_of(record, values_at, keys)
     if value is not None:
         yield Remove(value, ANY)
-    return bool(committed(found.data, keys))
+    return record
 
 
 def plain(where: Where, keys: Keys) -> Steps:

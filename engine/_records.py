@@ -7,31 +7,39 @@ the header names. Whatever cannot be read, whoever wrote it, is a miss with one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..storage import Storage
+from ..storage import ObjectNotFoundError, Storage
 from ..storage._envelope import Header, pack, unpack_header
 from ..storage._errors import (
     ConditionFailedError,
     ConditionsUnsupportedError,
+    RecordError,
     StorageError,
 )
 from ..storage._serializers import Serializer, decode, uses_pickle
 from ..storage._storage import Buffer
 from ..storage._weight import is_heavy
-from ._context import new_id
 from ._copies import MISSING
 from ._exact import encode_exactly
 from ._flights import Served
-from ._intents import OWN, Member, value_of
+from ._intents import OWN, Member
 from ._logging import logger
 from ._lookup import FIRST, Lookup
+from ._orphans import STREAM, Sweep, chunks_of, id_of, value_name, writing
 from ._place import Facts, Hit, Place, Prepared, shareable
 from ._protocol import remove_one, replace_one
-from ._steps import ABSENT, ANY, Refused
+from ._steps import ABSENT, ANY, InDoubt, Refused
 
+if TYPE_CHECKING:
+    from ._outcome import Staged
+
+SWEEP_SECONDS = 5.0
+"""How long the end of an engine looks for values that no record names."""
 LARGE = 128 * 1024
 """Bytes from which on a transaction lets a value lie apart, so that intents stay small; a hit then costs the two
 reads that it costs anyway."""
@@ -84,8 +92,10 @@ class Records(Lookup):
         size = sum(memoryview(segment).nbytes for segment in encoded.segments)
         is_apart = place.is_split or size >= apart_from
         if is_apart:
-            header.location = place.location or new_id()
+            header.location = place.location or value_name(place, key)
             header.extra = {} if place.location is not None else {OWN: True}
+        if facts.stream is not None:
+            header.extra = {**header.extra, STREAM: facts.stream}
         record = pack(header, encoded.segments, signing_keys=self.signing_keys)
         if is_apart:
             return Prepared(key, place, header, record[:1], record[1:], encoded.segments, value)
@@ -119,43 +129,94 @@ class Records(Lookup):
             Refused: `exclusive`, and the object is not what was seen.
             StorageError: The storage could not take it; the old record is untouched.
         """
+        with self._under_way([prepared]):
+            if prepared.value is not None:
+                assert prepared.header.location is not None
+                await prepared.place.storage.write(prepared.header.location, prepared.value)
+            version, replaced = await self._write(prepared, expect, exclusive, replaces)
+        if replaced is not None:
+            await self.forget(prepared.place, prepared.key, replaced)
+        return version
+
+    async def _write(
+        self, prepared: Prepared, expect: str | None, exclusive: bool, replaces: Header | None
+    ) -> tuple[str, Header | None]:
+        """As above, without the value; the record's version, and the header of the one that it has replaced."""
         storage, key, record = prepared.place.records, prepared.key, prepared.record
-        if prepared.value is not None:
-            assert prepared.header.location is not None
-            await prepared.place.storage.write(prepared.header.location, prepared.value)
-        replaced = replaces.location if replaces is not None and OWN in replaces.extra else None
         try:
             if expect is ANY:
-                version, replaced = await self._replace(prepared)
-            elif expect == ABSENT:
-                version = await storage.write(key, record, if_absent=True)
-            else:
-                version = await storage.write(key, record, if_version=expect)
+                return await self._replace(prepared)
+            if expect == ABSENT:
+                return await storage.write(key, record, if_absent=True), replaces
+            return await storage.write(key, record, if_version=expect), replaces
         except ConditionsUnsupportedError:
             if exclusive:
                 raise
-            return await storage.write(key, record)  # a store for READ_COMMITTED alone
+            return await storage.write(key, record), None  # a store for READ_COMMITTED alone
         except ConditionFailedError:
             if exclusive:
                 raise Refused((storage.url, key), "another holder has written it") from None
-            version, replaced = await self._replace(prepared)
-        if replaced is not None:
-            await self._drop_value(prepared.place.storage, replaced)
-        return version
+            return await self._replace(prepared)
 
-    async def _replace(self, prepared: Prepared) -> tuple[str, str | None]:
-        """Write a record over whatever is committed; its version, and where the replaced one's value lies."""
-        place = prepared.place
-        where = (place.records.url, prepared.key)
+    async def _replace(self, prepared: Prepared) -> tuple[str, Header | None]:
+        """Write a record over whatever is committed; its version, and the header of the replaced one."""
+        where = (prepared.place.records.url, prepared.key)
         version, beginning = await self._carrier.run(replace_one(where, prepared.record, self.signing_keys))
-        value = value_of(beginning, "", self.signing_keys) if beginning is not None else None
-        return version, value[1] if value is not None else None
+        return version, self._header_of(beginning)
 
-    async def _drop_value(self, storage: Storage, location: str) -> None:
+    def _header_of(self, beginning: Buffer | None) -> Header | None:
+        if not beginning:
+            return None
         try:
-            await storage.delete(location)
+            return unpack_header(beginning, signing_keys=self.signing_keys)[0]
+        except RecordError:
+            return None
+
+    @contextmanager
+    def _under_way(self, committing: Iterable[Prepared]) -> Iterator[None]:
+        """What is written apart inside of this is no orphan, and there may be some where it is written."""
+        ids = []
+        for prepared in committing:
+            if (made := id_of(prepared.header.location)) is not None:
+                ids.append(made)
+            if made is not None or STREAM in prepared.header.extra:
+                place = prepared.place
+                self._apart[place.records.url, place.storage.url] = place.records, place.storage
+        writing.update(ids)
+        try:
+            yield
+        finally:
+            writing.difference_update(ids)
+
+    async def forget(self, place: Place, key: str, replaced: Header) -> None:
+        """Remove what only a record that is not there any more has named: its value, or the chunks of its stream."""
+        names = [replaced.location] if replaced.location is not None and OWN in replaced.extra else []
+        storage = place.storage
+        try:
+            if STREAM in replaced.extra:
+                prefix = chunks_of(place, key, replaced.extra[STREAM])
+                names += [stat.key async for stat in storage.list(prefix)]
+            for name in names:
+                await storage.delete(name)
         except (StorageError, OSError) as error:
-            logger.warning("The value %r of a replaced record stays in %s: %s", location, storage.url, error)
+            logger.warning("What a replaced record %r named stays in %s: %s", key, storage.url, error)
+
+    async def sweep(self, records: Storage, values: Storage) -> int:
+        """End what abandoned transactions left, and remove values that no record names; how many. See `_orphans`."""
+        return await self._sweep(records, values).all()
+
+    def _sweep(self, records: Storage, values: Storage) -> Sweep:
+        return Sweep(self._carrier, self.signing_keys, records, values, self._clock)
+
+    async def sweep_some(self) -> None:
+        """The same in small, where this engine has written values apart; what fails is left to the next one."""
+        apart, self._apart = self._apart, {}
+        for records, values in apart.values():
+            try:
+                async with asyncio.timeout(SWEEP_SECONDS):
+                    await self._sweep(records, values).some()
+            except Exception as error:  # a storage of the user's own may raise anything
+                logger.info("Values that no record names were not looked for in %s: %r", values.url, error)
 
     def member(self, prepared: Prepared, expect: str | None, exclusive: bool) -> Member:
         """A prepared record as a member of a transaction."""
@@ -171,7 +232,21 @@ class Records(Lookup):
                 record, moves_to = [*record, *prepared.value], apart
         return Member(where, b"".join(record), expect, exclusive, value, moves_to, place.storage.url)
 
-    async def commit_together(self, tx: str, members: Sequence[Member]) -> None:
+    async def has_written(self, prepared: Prepared) -> bool:
+        """Whether a record is there after a write that failed: its answer may have been lost.
+
+        Raises:
+            InDoubt: The storage does not answer.
+        """
+        storage = prepared.place.records
+        try:
+            return await storage.read(prepared.key) == b"".join(prepared.record)
+        except ObjectNotFoundError:
+            return False
+        except Exception as error:  # a storage of the user's own may raise anything
+            raise InDoubt((storage.url, prepared.key), str(error) or repr(error)) from error
+
+    async def commit_together(self, tx: str, staged: Sequence[Staged]) -> None:
         """Make several records visible in one step; see `_protocol` for how, and what it guarantees.
 
         Raises:
@@ -179,7 +254,13 @@ class Records(Lookup):
             InDoubt: All of it is visible or nothing, and the storage is out of reach.
             StorageError: Nothing is visible. What is left is ended by whoever meets it.
         """
-        await self._carrier.commit(tx, members, self.signing_keys)
+        members = [self.member(each.prepared, each.expect, each.exclusive) for each in staged]
+        with self._under_way([each.prepared for each in staged]):
+            await self._carrier.commit(tx, members, self.signing_keys)
+        for each, member in zip(staged, members, strict=True):  # their values are the protocol's business
+            replaced = self._header_of(member.old)
+            if replaced is not None and STREAM in replaced.extra:
+                await self.forget(each.prepared.place, each.prepared.key, replaced)
 
     def served(self, prepared: Prepared, *, is_snapshot: bool = False) -> Served:
         """The record for others to be served from, each with a value of its own."""
@@ -223,7 +304,11 @@ class Records(Lookup):
         except StorageError:
             pass  # an unreadable record names no value; the record itself goes below
         try:
-            dropped: bool = await self._carrier.run(remove_one(where, place.storage.url, self.signing_keys))
+            removed = await self._carrier.run(remove_one(where, place.storage.url, self.signing_keys))
+            dropped = bool(removed)
+            header_of_it = self._header_of(removed)
+            if header_of_it is not None and STREAM in header_of_it.extra:
+                await self.forget(place, key, header_of_it)
         except ConditionsUnsupportedError:
             dropped = await place.records.delete(key)
         if fixed is not None:

@@ -118,8 +118,8 @@ async def _interrupted(
     try:
         await end_shielded(run, definition)
     finally:
-        if run.undo is not None:
-            await uncancelled(_caching.undo_unless_committed(run, definition))
+        if run.chunks is not None and run.chunks.are_there:
+            await uncancelled(_caching.drop_chunks_unless_committed(run, definition))
 
 
 def _sign_off(future: RunFuture[Any]) -> None:
@@ -197,17 +197,17 @@ async def _within(
         else:
             await attempts(run, definition)
     except BaseException:
-        await uncancelled(txn.roll_back())
+        await txn.roll_back()
         raise
     finally:
         current_transaction.reset(token)
     if run.state.type is not COMPLETED:
-        await uncancelled(txn.roll_back())
+        await txn.roll_back()
         return
     if not run.state.is_cached():  # what was committed before is not rolled back
         txn.add_run(run, definition.hooks)
     if txn.is_broken and not txn.joins:
-        await uncancelled(txn.roll_back())  # outside of a block it is no error, and a warning has been given
+        await txn.roll_back()  # outside of a block it is no error, and a warning has been given
     else:
         await txn.end()
 

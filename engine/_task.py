@@ -39,6 +39,7 @@ from ._run import perform, perform_root, settle_arguments
 from ._states import COMPLETED, State
 from ._streaming import stream
 from ._sync import call_on_loop, in_thread, run_blocking
+from ._transaction import enclosing
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -302,14 +303,20 @@ class Task(Definition[P, R]):
         return await explain(await self._begin(args, kwargs), self)
 
     async def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> bool:
-        """Drop this call's record; whether there was one."""
+        """Drop this call's record; whether there was one.
+
+        Done at once, also inside of a transaction, whose outcome does not bring it back. What is staged there under
+        the call's key is dropped with it.
+        """
         run = await self._begin(args, kwargs)
         await settle_arguments(run)
         policy = policy_of(run, self)
         key = await key_of(run, self, policy)
         if key.text is None:
             return False
-        return await run.engine.records.invalidate(run.engine.place_for(run, policy), key.text)
+        place, txn = run.engine.place_for(run, policy), enclosing()
+        was_staged = txn is not None and txn.drop((place.records.url, key.text))
+        return await run.engine.records.invalidate(place, key.text) or was_staged
 
 
 class GeneratorTask(Task[P, T]):

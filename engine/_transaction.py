@@ -1,18 +1,16 @@
 """`transaction()`: several tasks' records become visible together, or not at all.
 
-A little above 400 lines, because it is one class with a long public face; how it ends is in `_outcome`, how
-records are written together in `_protocol`.
+A record of its own is the business of `_keyed`, how it ends that of `_outcome`, and how records are written together
+that of `_protocol`. What is left is a little above 400 lines, because it is one class with a long public face.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import Token
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..locking import LockManager
 from ..storage import Storage
-from ..storage._envelope import Header
 from ._ambient import ambient, ambient_now
 from ._claims import Claim
 from ._commit import uncancelled
@@ -20,10 +18,10 @@ from ._context import Run, current_run, current_transaction, new_id
 from ._engine import Engine, current_engine
 from ._errors import CommitError, ConfigurationError, NoValueError
 from ._flights import Flight, Served
-from ._locks import Held, open_keyed
-from ._outcome import call_hooks, write
+from ._keyed import open_keyed, read, stage
+from ._locks import Held
+from ._outcome import Staged, call_hooks, write
 from ._owning import cancel_all, finish
-from ._place import Facts, Hit, Place, Prepared
 from ._policies import IsolationLevel
 from ._steps import ANY, Where
 
@@ -31,24 +29,10 @@ if TYPE_CHECKING:
     import os
     from types import TracebackType
 
+    from ._chunks import ChunkWriter
     from ._futures import RunFuture
 
 _MISSING = object()
-
-
-class Staged(NamedTuple):
-    """A record that waits for the transaction's outcome.
-
-    `expect` is the version that it replaces and `replaces` that one's header, as far as somebody has looked;
-    `exclusive` says that the key is held. `run` is the one whose result it is, None for a keyed transaction's.
-    """
-
-    prepared: Prepared
-    expect: str | None
-    exclusive: bool
-    served: Served
-    run: Run | None = None
-    replaces: Header | None = None
 
 
 class transaction:
@@ -104,11 +88,16 @@ class transaction:
         values and hooks: tasks inside commit for themselves."""
         self.is_savepoint = False
         """Whether it is a run's own, and not a block of the user's."""
+        self.expectation: tuple[str | None, bool] = (ANY, False)
+        """The version of a keyed one's record that its opening saw, and whether the key is held."""
+        self.has_record = False
+        """Whether a keyed one's record was there when it was opened, committed or staged around it."""
         self.blocked_on: dict[Flight, int] = {}
-        self._storage = storage
-        self._lock_timeout = lock_timeout
+        self.storage = storage
+        self.lock_timeout = lock_timeout
         self._values: dict[str, Any] = {}
         self._staged: dict[Where, Staged] = {}
+        self._wasted: list[ChunkWriter] = []
         self._runs: list[Run] = []
         self._hooks: list[tuple[str, Callable[..., Any], transaction, str]] = []
         self._inner: list[transaction] = []
@@ -144,8 +133,8 @@ class transaction:
 
     @staticmethod
     def current() -> transaction | None:
-        """The innermost transaction here."""
-        return current_transaction.get()
+        """The innermost transaction here that has not had its outcome."""
+        return enclosing()
 
     def set(self, name: str, value: Any) -> None:
         """Keep a value for hooks and inner blocks; inner blocks may override it for themselves."""
@@ -175,23 +164,7 @@ class transaction:
         Raises:
             ConfigurationError: The transaction has no key, or its block is not open.
         """
-        if self.key is None:
-            raise ConfigurationError(
-                f"{self.name} has no key to stage a value under.", "Write transaction(key=…)."
-            )
-        if self.state not in ("ACTIVE", "COMMITTED") or self._is_over:
-            raise ConfigurationError(f"{self.name} is not open.", "Stage inside of its `async with` block.")
-        if self.state == "COMMITTED":
-            return
-        records, place, facts = self._engine.records, self._place(), Facts(self.id, self.name)
-        try:
-            prepared = records.prepare_now(place, self.key, value, facts).snapshot()
-        except Exception as error:  # a serializer of the user's own may raise anything
-            self.break_with(CommitError(self.key, str(error), self.name))
-            return
-        served = records.served(prepared, is_snapshot=True)
-        version, exclusive = self._expectation
-        self.add_record((place.records.url, self.key), Staged(prepared, version, exclusive, served))
+        stage(self, value)
 
     async def read(self) -> Any:
         """The value of the transaction's own record: staged here or around, else committed.
@@ -200,22 +173,27 @@ class transaction:
             NoValueError: There is neither.
             ConfigurationError: The transaction has no key.
         """
-        place, key = self._place(), self._own_key()
-        staged = self.staged((place.records.url, key))
-        if staged is not None:
-            return staged.value()
-        found = await self._engine.records.lookup(place, key)
-        if isinstance(found, Hit):
-            return found.value
-        raise NoValueError(self.name, f"record ({found.reason})", "Stage a value first.")
+        return await read(self)
 
     def rollback(self) -> None:
-        """Drop what this block has staged, now and until its end; then its hooks run. An outer block goes on."""
+        """Drop what this block has staged, now and until its end; then its hooks run. An outer block goes on.
+
+        Raises:
+            ConfigurationError: The block is not open: its outcome stands, or is that of the block around it.
+        """
+        if self.is_rolled_back():
+            return
+        self.check_open("Roll it back")
         self._is_rolled_back = True
-        self._staged.clear()
+        self._waste_all()
+
+    def check_open(self, verb: str) -> None:
+        if self.state not in ("ACTIVE", "COMMITTED") or self._is_over:
+            raise ConfigurationError(f"{self.name} is not open.", f"{verb} inside of its `async with` block.")
 
     def is_committed(self) -> bool:
-        return self.state == "COMMITTED"
+        """Whether what it has staged is there for all to see, or, of a keyed one, its record was from the beginning."""
+        return self.state == "COMMITTED" or (self.has_record and self.state != "ROLLED_BACK")
 
     def is_rolled_back(self) -> bool:
         return self.state == "ROLLED_BACK" or self._is_rolled_back
@@ -245,8 +223,8 @@ class transaction:
                     "Pass lock_manager=… to it or to the engine, or set ONCEFLOW_LOCKS.",
                 )
         if self.key is not None:
-            await open_keyed(self, self._lock_timeout)
-        self._token: Token[transaction | None] = current_transaction.set(self)
+            await open_keyed(self)
+        current_transaction.set(self)
         return self
 
     def attach(self, outer: transaction | None, engine: Engine | None = None) -> None:
@@ -267,23 +245,25 @@ class transaction:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            current_transaction.reset(self._token)
-        except ValueError:
-            pass  # left in another context than it was entered in: there is nothing of ours to set back
+        # Of blocks that overlap, as in two open generators, and of those left elsewhere than they were entered, others
+        # may be the current one here: that one stays.
+        if current_transaction.get() is self:
+            current_transaction.set(self.parent)
         if error is not None:
-            await uncancelled(self._abandon())
+            await self._abandon()
             return
         try:
             await finish(self, self.name)  # a failure that nobody looked at rolls the block back
         except BaseException:
-            await uncancelled(self._abandon())
+            await self._abandon()
             raise
         await self.end()
 
     async def _abandon(self) -> None:
-        await cancel_all(self)
-        await self.roll_back()
+        try:
+            await cancel_all(self)
+        finally:
+            await self.roll_back()
 
     async def end(self) -> None:
         """The block, or the run, has come to its end without an error: join what is around, or decide.
@@ -293,9 +273,9 @@ class transaction:
         """
         around = self._around()
         if self._is_rolled_back or (around is not None and around.state == "ROLLED_BACK"):
-            await uncancelled(self.roll_back())
+            await self.roll_back()
         elif around is None or around._is_over:
-            await uncancelled(self.commit())
+            await self.commit()
         else:
             self._join(around)
 
@@ -322,9 +302,13 @@ class transaction:
     def add_record(self, where: Where, staged: Staged) -> None:
         """Take a record in; nothing is kept of a block that is to be rolled back."""
         if self._is_rolled_back:
+            self._waste(staged)
             return
         earlier = self._staged.get(where)
-        if earlier is not None:  # the later value goes, on what the earlier one expected to find
+        if earlier is not None:
+            self._waste(earlier)
+        if earlier is not None and (earlier.exclusive or not staged.exclusive):
+            # The later value goes, on what the earlier one expected to find; what was seen under a lock holds.
             staged = staged._replace(
                 expect=earlier.expect, exclusive=earlier.exclusive, replaces=earlier.replaces
             )
@@ -349,6 +333,7 @@ class transaction:
         """Hand everything to the enclosing block, whose outcome decides."""
         for where, staged in self._staged.items():
             around.add_record(where, staged)
+        around._wasted += self._wasted
         around._runs += self._runs
         around._hooks += self._hooks
         around._broken = around._broken or self._broken
@@ -359,42 +344,88 @@ class transaction:
         self.state = "STAGED"
         around._inner.append(self)
 
+    def drop(self, where: Where) -> bool:
+        """Forget what is staged under an object's name, here and around; whether there was something."""
+        dropped = False
+        at: transaction | None = self
+        while at is not None:
+            if (staged := at._staged.pop(where, None)) is not None:
+                at._waste(staged)
+                dropped = True
+            at = None if at.independent else at.parent
+        return dropped
+
+    def _waste(self, staged: Staged) -> None:
+        """The record will never be there: the chunks of its stream go with the outcome."""
+        if staged.run is not None and staged.run.chunks is not None:
+            self._wasted.append(staged.run.chunks)
+
+    def _waste_all(self) -> None:
+        for staged in self._staged.values():
+            self._waste(staged)
+        self._staged.clear()
+
     # --- the outcome
 
     async def commit(self) -> None:
         """Make everything visible in one step, free the keys, call the hooks.
 
+        Cancelled, it goes on to its end, and passes the cancellation on; hooks are then given 10 s.
+
         Raises:
             CommitError: Nothing of it is visible; names the member that could not be written.
         """
+        try:
+            await uncancelled(self._commit())
+        finally:
+            await call_hooks(self._hooks, "on_commit" if self.state == "COMMITTED" else "on_rollback")
+
+    async def _commit(self) -> None:
         try:
             if self._broken is not None:
                 raise self._broken
             await write(self)
         except BaseException as error:
             if isinstance(error, CommitError) and error.in_doubt:
-                for run in self._runs:
-                    run.undo = None  # its record may be visible
-            await self.roll_back()
+                self._staged.clear()  # without a word of what they name: it may be needed
+            await self._drop()
             raise
         self._settle("COMMITTED")
-        await self._release(committed=True)
-        await call_hooks(self._hooks, "on_commit")
+        if self.independent:
+            self._tell_around()
+        await self.release(committed=True)
+        await self._discard()
+
+    def _tell_around(self) -> None:
+        """Blocks around that hold a key which was written here must not take that for the work of a stranger."""
+        at = self.parent
+        while at is not None:
+            for where in self._staged.keys() & at._staged.keys():
+                at._staged[where] = at._staged[where]._replace(expect=ANY, exclusive=False)
+            at = at.parent
 
     async def roll_back(self) -> None:
-        """Drop everything, free the keys, run the rollback hooks in reverse order."""
+        """Drop everything, free the keys, run the rollback hooks in reverse order. Cancelled, as `commit`."""
         if self._is_over:
             return
-        self._staged.clear()
+        try:
+            await uncancelled(self._drop())
+        finally:
+            await call_hooks(self._hooks, "on_rollback")
+
+    async def _drop(self) -> None:
+        self._waste_all()
         self._settle("ROLLED_BACK")
         for run in reversed(self._runs):
             if run.state.is_completed() and run.state.name != "RolledBack":
                 run.enter("roll_back", run.state.data, "rolled back with its transaction")
-        await self._release(committed=False)
-        for run in self._runs:
-            if run.undo is not None:
-                await run.undo()
-        await call_hooks(self._hooks, "on_rollback")
+        await self.release(committed=False)
+        await self._discard()
+
+    async def _discard(self) -> None:
+        wasted, self._wasted = self._wasted, []
+        for chunks in wasted:
+            await chunks.discard()
 
     def _settle(self, state: str) -> None:
         self.state = state
@@ -402,7 +433,7 @@ class transaction:
         for inner in self._inner:
             inner._settle(state)
 
-    async def _release(self, *, committed: bool) -> None:
+    async def release(self, *, committed: bool) -> None:
         """Free the keys in the order they were taken; waiters are served by the records, or go on."""
         held, self.held = self.held, []
         for each in held:
@@ -413,23 +444,6 @@ class transaction:
                 ends = staged and staged.prepared.header.expires_at
                 is_over = ends is not None and ends <= self._engine.clock()
                 self._engine.flights.finish(each.flight, staged.served if staged and not is_over else None)
-
-    # --- the transaction's own record
-
-    _expectation: tuple[str | None, bool] = (ANY, False)
-    """The version that the look-up at the block's beginning saw, and whether the key is held."""
-
-    def _own_key(self) -> str:
-        if self.key is None:
-            raise ConfigurationError(f"{self.name} has no key.", "Write transaction(key=…).")
-        return self.key
-
-    def _place(self) -> Place:
-        engine = self._engine
-        storage = (
-            engine.meet(engine.storage_for(self._storage)) if self._storage is not None else engine.storage
-        )
-        return Place(storage, engine.key_storage, engine.serializer)
 
 
 def enclosing() -> transaction | None:

@@ -13,6 +13,7 @@ import pytest
 from onceflow.engine import INPUTS, Engine, get_run_context, task, transaction
 from onceflow.engine._context import current_transaction
 from onceflow.engine._errors import CommitError, ConfigurationError, DeadlockError, NoValueError
+from onceflow.engine._keyed import place_of
 from onceflow.locking import MemoryLockManager, StorageLockManager
 from onceflow.storage import LocalStorage, MemoryStorage, Storage
 from stored_records import CountingStorage, keys_in
@@ -246,7 +247,7 @@ async def test_readers_are_not_held_up(engine: Engine) -> None:
         txn.stage("new")
         async with transaction(key="report", independent=True, isolation_level="READ_COMMITTED") as reader:
             assert reader.is_committed()
-            found = await engine.records.lookup(reader._place(), "report")
+            found = await engine.records.lookup(place_of(reader), "report")
             assert found.value == "old"  # type: ignore[union-attr]
     async with transaction(key="report") as reader:
         assert await reader.read() == "new"

@@ -30,7 +30,7 @@ async def python(script: str, *arguments: str) -> AsyncIterator[Process]:
         await process.wait()
 
 
-async def line(process: Process, within: float = 20) -> list[str]:
+async def line(process: Process, within: float = 60) -> list[str]:
     """The words of the process's next line of output."""
     assert process.stdout is not None
     async with asyncio.timeout(within):

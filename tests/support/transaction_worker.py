@@ -8,12 +8,17 @@ import os
 import random
 import signal
 import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from onceflow.engine import Engine, task, transaction
+from onceflow.engine._errors import CommitError
 from onceflow.engine._place import Hit, Place
-from onceflow.storage import LocalStorage, S3Storage, storage_from_url
+from onceflow.locking import MemoryLockManager, StorageLockManager
+from onceflow.storage import LocalStorage, MemoryStorage, S3Storage, Storage, storage_from_url
 
 
 def keys_of(tasks: int, name: str) -> list[str]:
@@ -25,12 +30,16 @@ async def write(key: str, number: int | str, weight: int = 0) -> Any:
     return [number, bytes(weight)] if weight else number
 
 
+@task(cache_key_fn=lambda context, parameters: parameters["key"], refresh_cache=True)
+async def stream(key: str, number: int, weight: int = 0) -> AsyncIterator[Any]:
+    yield [number, bytes(weight)]
+    yield [number, "end"]
+
+
 def dying(base: type[Any]) -> type[Any]:
     """A storage of the kind whose process is killed instead of carrying out its n-th write."""
 
     class Dying(base):  # type: ignore[misc]
-        left = -1
-
         async def write(self, key: str, *args: Any, **options: Any) -> str:
             async with self._turn(key):
                 version: str = await super().write(key, *args, **options)
@@ -44,54 +53,147 @@ def dying(base: type[Any]) -> type[Any]:
         def _turn(self, key: str) -> asyncio.Lock:
             """One write after the other, so that every number of them is a state of its own."""
             if key[0] not in ".\0":  # the engine's own notes do not count
-                self.left -= 1
-                if self.left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            self.lock = self.__dict__.get("lock") or asyncio.Lock()
-            return self.lock
+                Countdown.left -= 1
+                if Countdown.left == 0:
+                    os.kill(os.getpid(), Countdown.signal)
+            return Countdown.lock
 
     return Dying
+
+
+class Countdown:
+    """How many writes are left, in all storages together, and whose turn it is."""
+
+    left = -1
+    lock: asyncio.Lock
+    signal = signal.SIGKILL
+
+
+def mortal(url: str) -> Storage:
+    storage = storage_from_url(url)
+    if isinstance(storage, (LocalStorage, S3Storage)):
+        storage.__class__ = dying(type(storage))
+    return storage
+
+
+def beside(url: str) -> str:
+    """The URL of another storage, for the records."""
+    path, mark, query = url.partition("?")
+    return f"{path}-keys{mark}{query}"
 
 
 class _Rollback(Exception):
     pass
 
 
-async def commit(url: str, tasks: int, name: str, number: int, at: int, weight: int) -> None:
-    """Commit `number` under all keys, and be killed at the `at`-th write; at 0, roll back at the end."""
-    there = storage_from_url(url)
-    storage = there
-    if isinstance(there, (LocalStorage, S3Storage)):
-        storage.__class__ = dying(type(there))
-        storage.left = at  # type: ignore[attr-defined]
-    async with there, Engine(storage=storage):
+async def commit(url: str, tasks: int, name: str, number: int, at: int, weight: int, way: str) -> None:
+    """Commit `number` under all keys, and be killed at the `at`-th write; at 0, roll back at the end.
+
+    The way is `plain`, `split` (records in a storage of their own), `serializable`, `claims` (with locks in the
+    records), `stream` (generator tasks) or `alone` (each task for itself, without a block).
+    """
+    Countdown.left, Countdown.lock = at, asyncio.Lock()
+    storage = mortal(url)
+    keys = mortal(beside(url)) if way in ("split", "alone") else None
+    locks = StorageLockManager(storage, lease_seconds=0.3) if way == "claims" else MemoryLockManager()
+    isolation = "SERIALIZABLE" if way in ("serializable", "claims") else None
+    one: Any = stream if way == "stream" else write
+    async with storage, Engine(storage=storage, key_storage=keys, lock_manager=locks):
         try:
-            async with transaction():
-                await asyncio.gather(*(write(key, number, weight) for key in keys_of(tasks, name)))
+            async with nullcontext() if way == "alone" else transaction(isolation_level=isolation):
+                await asyncio.gather(*(one(key, number, weight) for key in keys_of(tasks, name)))
                 if at == 0:
                     raise _Rollback
         except _Rollback:
             pass
+    if keys is not None:
+        await keys.aclose()
 
 
 async def _probe(url: str) -> None:
+    """So that the children know what a bucket can do, and import nothing any more."""
     async with storage_from_url(url) as storage:
         await storage.ensure_conditional()
+    async with Engine(storage=MemoryStorage()), transaction():
+        await write("warm", 0)
+        await write("up", 0)
+        async for _ in stream("stream", 0):
+            pass
 
 
 def serve(url: str) -> None:
-    """For each line `tasks name number at weight` fork a process that commits; say how it ended."""
-    asyncio.run(_probe(url))  # so that the children know what a bucket can do
+    """For each line `tasks name number at weight way` fork a process that commits; say how it ended."""
+    asyncio.run(_probe(url))
     print("ready", flush=True)
     for line in sys.stdin:
-        tasks, name, number, at, weight = line.split()
+        tasks, name, number, at, weight, way = line.split()
         child = os.fork()
         if child == 0:
-            asyncio.run(commit(url, int(tasks), name, int(number), int(at), int(weight)))
+            asyncio.run(commit(url, int(tasks), name, int(number), int(at), int(weight), way))
             os._exit(0)
         _, status = os.waitpid(child, 0)
         ended = "killed" if os.WIFSIGNALED(status) else f"exit{os.waitstatus_to_exitcode(status)}"
         print(ended, flush=True)
+
+
+async def _commit_soon(url: str, keys: list[str], number: int, weight: int, ready: int) -> None:
+    async with storage_from_url(url) as storage, Engine(storage=storage), transaction():
+        await asyncio.gather(*(write(key, number, weight) for key in keys))
+        os.write(ready, b"!")
+
+
+def trials(url: str, tasks: int, name: str, weight: int, count: int) -> None:
+    """Fork a process that commits, and kill it some time after it has begun to, over and over; look after each.
+
+    Says what is wrong, or how many were killed, and how many of these before they had committed.
+    """
+    asyncio.run(_probe(url))
+    keys, window = keys_of(tasks, name), 0.0
+    killed = undone = 0
+    committed: int | None = None
+    with asyncio.Runner() as runner:
+        engine = runner.run(Engine(storage=url).open())
+        reader = Reader(engine)
+        for number in range(1, count + 1):
+            read, ready = os.pipe()
+            child = os.fork()
+            if child == 0:
+                asyncio.run(_commit_soon(url, keys, number, weight, ready))
+                os._exit(0)
+            os.close(ready)
+            os.read(read, 1)
+            os.close(read)
+            begun = time.perf_counter()
+            if window:
+                time.sleep(random.uniform(0, window))
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            if not window:
+                window = time.perf_counter() - begun
+            else:  # so that both happen often
+                window *= 1.05 if os.WIFSIGNALED(status) else 0.9
+            values = {runner.run(reader.read(key)) for key in keys}
+            if len(values) != 1 or not values <= {committed, number}:
+                print(f"mixed: {values} after {committed} in trial {number}", flush=True)
+                return
+            killed += os.WIFSIGNALED(status)
+            undone += values == {committed}
+            (committed,) = values
+        runner.run(engine.records.sweep(engine.storage, engine.storage))
+        runner.run(engine.aclose())
+    print(f"killed {killed} undone {undone}", flush=True)
+
+
+async def pause(url: str, tasks: int, name: str, number: int, at: int) -> None:
+    """Commit, stopped instead of the `at`-th write until somebody continues it; say how it ended."""
+    Countdown.signal = signal.SIGSTOP
+    print("ready", flush=True)
+    try:
+        await commit(url, tasks, name, number, at, 0, "plain")
+    except CommitError as error:
+        print(f"refused {error.in_doubt}", flush=True)
+    else:
+        print("committed", flush=True)
 
 
 async def storm(url: str, tasks: int, name: str) -> None:
@@ -114,7 +216,7 @@ class Reader:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._place = Place(engine.storage, None, engine.serializer)
+        self._place = Place(engine.storage, engine.key_storage, engine.serializer)
         self.reads = 0
 
     async def read(self, key: str) -> Any:
@@ -122,7 +224,14 @@ class Reader:
         self.reads += 1
         found = await self._engine.records.lookup(self._place, key)
         value = found.value if isinstance(found, Hit) else None
+        if isinstance(value, dict):  # a stream's record names its chunks
+            chunks = [await self._chunk(name) for name in value["onceflow.stream"]]
+            value = chunks[0][0] if all(chunks) else "broken"
         return value[0] if isinstance(value, list) else value
+
+    async def _chunk(self, name: str) -> Any:
+        found = await self._engine.records.lookup(self._place._replace(key_storage=None), name)
+        return found.value if isinstance(found, Hit) else None
 
 
 async def rising(reader: Reader, groups: list[list[str]], stop: Path) -> str:
@@ -153,10 +262,10 @@ async def stable(reader: Reader, groups: list[list[str]], stop: Path) -> str:
     return f"reads {reader.reads} agreed {agreed}"
 
 
-async def watch(url: str, how: str, name: str, sizes: str, stop: str) -> None:
+async def watch(url: str, how: str, name: str, sizes: str, stop: str, keys: str | None = None) -> None:
     """Read in a loop until the file `stop` is there."""
     groups = [keys_of(int(size), name) for size in sizes.split(",")]
-    async with storage_from_url(url) as storage, Engine(storage=storage) as engine:
+    async with storage_from_url(url) as storage, Engine(storage=storage, key_storage=keys) as engine:
         print("ready", flush=True)
         print(await {"rising": rising, "stable": stable}[how](Reader(engine), groups, Path(stop)), flush=True)
 
@@ -165,6 +274,12 @@ if __name__ == "__main__":
     _, work, *arguments = sys.argv
     if work == "watch":
         asyncio.run(watch(*arguments))
+    elif work == "pause":
+        asyncio.run(
+            pause(arguments[0], int(arguments[1]), arguments[2], int(arguments[3]), int(arguments[4]))
+        )
+    elif work == "trials":
+        trials(arguments[0], int(arguments[1]), arguments[2], int(arguments[3]), int(arguments[4]))
     elif work == "storm":
         asyncio.run(storm(arguments[0], int(arguments[1]), arguments[2]))
     else:
