@@ -32,6 +32,7 @@ class Workload:
         extra: What onceflow may cost beyond the floor, in the unit, where that is the budget.
         unit: Of the costs.
         rounds: How often each is measured.
+        size: Bytes that are moved, where MB/s are of interest; the unit is ms then.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Workload:
     extra: float | None = None
     unit: str = "µs"
     rounds: int = 7
+    size: int | None = None
 
 
 @dataclass
@@ -105,4 +107,6 @@ def show(workload: Workload, rows: list[Row]) -> None:
             print(f"    {name:44} {'missing':>12}")
             continue
         verdict = f"   budget {row.budget}{'  OVER' if row.is_over else ''}" if row.budget else ""
+        if workload.size is not None:
+            verdict = f"   {workload.size / row.cost / 1000:.0f} MB/s{verdict}"
         print(f"    {name:44} {row.cost:9.2f} {row.unit}  {row.ratio:8.2f} ×{verdict}", flush=True)

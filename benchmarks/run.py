@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import buckets
 import calls
 import imports
 import keys
@@ -27,7 +28,7 @@ import web
 from harness import Row, measure, show
 
 LAST = Path(__file__).with_name("last.json")
-GROUPS = (calls, records, large, imports, keys, transactions, waiters, web)
+GROUPS = (calls, records, large, buckets, imports, keys, transactions, waiters, web)
 
 
 def main(wanted: list[str]) -> None:

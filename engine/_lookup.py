@@ -18,6 +18,7 @@ from ..storage._errors import (
     ConditionFailedError,
     CorruptRecordError,
     PickleRefusedError,
+    SignatureError,
     StorageError,
     VersionMismatchError,
 )
@@ -194,6 +195,8 @@ class Lookup(Failures):
             return f"expired {ago(late)} ago"
         if place.location is not None and header.location != place.location:
             return "the result storage key changed"
+        if self.signing_keys and not (header.signed or self._allow_pickle) and place.records.shared:
+            raise SignatureError("it is not signed, and a signing key is set")
         if uses_pickle(header.serializer):
             self._check_pickle(place, f"value of {header.task!r}", header.signed)
         return None

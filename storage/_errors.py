@@ -171,7 +171,7 @@ class SignatureError(RecordError):
         self.reason = reason
         super().__init__(
             f"The record's signature was refused: {reason}. "
-            "Set ONCEFLOW_RESULTS_SIGNING_KEY to the key it was written with."
+            "Set ONCEFLOW_RESULTS_SIGNING_KEY to the same keys wherever it is written and read."
         )
 
 

@@ -40,10 +40,14 @@ def name_of(key: str) -> str:
     Two keys have one name only if one of them is the alias of the other. A key of 64 hex digits costs 0.3 µs.
 
     Raises:
+        TypeError: The key is no text.
         ValueError: The key is empty.
     """
-    if _is_safe(key) and len(key) <= LONGEST:
-        return key
+    try:
+        if _is_safe(key) and len(key) <= LONGEST:
+            return key
+    except TypeError:  # asked for only here, because a test beforehand costs half of the rest
+        raise TypeError(f"A storage key is text, and {key!r} is of type {type(key).__name__}.") from None
     if not key:
         raise ValueError("A storage key must not be empty. Give the object a name, such as 'report'.")
     if _ALIAS.fullmatch(key):

@@ -261,7 +261,8 @@ class S3Storage(Storage):
 
     async def list(self, prefix: str = "") -> AsyncIterator[Stat]:
         """See `Storage.list`. One request for each thousand objects; their versions are entity tags alone."""
-        params: dict[str, Any] = {"Prefix": self._root + name_prefix(prefix)}
+        # No name of ours holds a slash: whatever lies deeper is others' and is rolled up by the store.
+        params: dict[str, Any] = {"Prefix": self._root + name_prefix(prefix), "Delimiter": "/"}
         while True:
             try:
                 page = await self._bucket.retried(

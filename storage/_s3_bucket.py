@@ -20,6 +20,9 @@ Consume = Callable[[Any, asyncio.Timeout], Awaitable[T]]
 _log = logging.getLogger("onceflow.storage")
 
 _NO_SLOT = contextlib.nullcontext()
+_NO_BODY = io.BytesIO()
+_TAGGED = ("get_object", "head_object")
+"""Requests that every S3 store answers with an entity tag."""
 
 _MOST_ATTEMPTS = 12
 _TIDYING = 5.0
@@ -116,13 +119,16 @@ class Bucket:
                 if "Body" in params:
                     params["Body"] = _Watched(params["Body"], deadline, timer)
                 response = await getattr(own.client, method)(Bucket=self.name, **params)
+                if method in _TAGGED and not response.get("ETag"):
+                    response.get("Body", _NO_BODY).close()
+                    raise self._translator.no_store(deadline.operation, deadline.key)
                 result = response if consume is None else await consume(response, timer)
             self._seen = True
             return result
         except (Answer, StorageError):
             raise
         except Exception as error:
-            meaning = self._translator.translate(error, deadline.operation, deadline.key)
+            meaning = self._translator.translate(error, deadline.operation, deadline.key, method)
             if meaning is error:
                 raise
             # A GET that is told "no such key" has found the bucket; a HEAD cannot tell.

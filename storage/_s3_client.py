@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
-from ._errors import StorageClosedError
+from ._errors import StorageClosedError, StorageConfigurationError
 from ._loop_end import CLIENTS, at_loop_end, forget
 
 _EXPECT_FROM = 64 * 1024
@@ -82,9 +82,16 @@ class Clients:
 
         Raises:
             StorageClosedError: After `aclose`.
+            StorageConfigurationError: No asyncio event loop runs here.
             botocore.exceptions.BotoCoreError: Credentials, profile or endpoint cannot work.
         """
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise StorageConfigurationError(
+                f"{self._storage} is reached by aiobotocore, which needs asyncio, and none runs here.",
+                "Run it by asyncio.run(), or by anyio with backend='asyncio'; trio will not do.",
+            ) from None
         entry = self._by_loop.get(loop)
         if entry is None or entry.client is None or entry.pid != os.getpid() or self._closed:
             entry = self._entry(loop)
@@ -127,6 +134,8 @@ class Clients:
             self._forget_the_dead()
             entries = list(self._by_loop.items())
             self._by_loop.clear()
+        if not entries:
+            return  # also where no asyncio runs, so that leaving a block does not hide the error in it
         here = asyncio.get_running_loop()
         for loop, entry in entries:
             if loop is here:

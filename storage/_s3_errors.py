@@ -96,13 +96,15 @@ _SAY_NO = {
 _SAY_NO["ExpiredTokenException"] = _SAY_NO["TokenRefreshRequired"] = _SAY_NO["ExpiredToken"]
 _SAY_NO["Forbidden"] = _SAY_NO["403"] = _SAY_NO["Unauthorized"] = _SAY_NO["AccessDenied"]
 
+# By request: a delete or a conditional write may be refused the look at what is there.
 _RIGHTS = {
-    "read": "s3:GetObject",
-    "stat": "s3:GetObject",
-    "write": "s3:PutObject",
-    "delete": "s3:DeleteObject",
+    "get_object": "s3:GetObject (and s3:ListBucket, without which a missing object counts as forbidden)",
+    "delete_object": "s3:DeleteObject",
+    "list_objects_v2": "s3:ListBucket",
+    "abort_multipart_upload": "s3:AbortMultipartUpload",
 }
-_RIGHTS["list"] = "s3:ListBucket"
+_RIGHTS["head_object"] = _RIGHTS["get_object"]
+_WRITING = "s3:PutObject"
 
 _LATER = {"SlowDown", "RequestTimeout", "TooManyRequests", "Throttling", "ThrottlingException"}
 _LATER |= {"RequestLimitExceeded", "InternalError", "ServiceUnavailable", "BadDigest", "IncompleteBody"}
@@ -124,12 +126,12 @@ class Translator:
     def __init__(self, bucket: str, storage: str) -> None:
         self.bucket, self.storage = bucket, storage
 
-    def translate(self, error: Exception, operation: str, key: str) -> Exception:
+    def translate(self, error: Exception, operation: str, key: str, method: str) -> Exception:
         """The `Answer` or `StorageError` for what a request raised; the error itself if it is no answer."""
         from botocore import exceptions as boto
 
         if isinstance(error, boto.ClientError):
-            return self._response(error.response, operation, key)
+            return self._response(error.response, operation, key, method)
         if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
             return self.no_credentials(operation, key, str(error))
         if isinstance(error, boto.CredentialRetrievalError | boto.TokenRetrievalError):
@@ -152,8 +154,19 @@ class Translator:
         if _is_transient(error):
             return Unknown(_one_line(error))
         if isinstance(error, boto.BotoCoreError | ValueError):
-            return self._refusal(operation, key, _one_line(error))
+            # Nothing was sent: a profile that is not there, a region of the environment that is none.
+            return self._configuration(
+                operation, key, f"the request cannot be made ({_one_line(error)})",
+                "Check the options, AWS_PROFILE, AWS_DEFAULT_REGION and the AWS configuration files.",
+            )  # fmt: skip
         return error
+
+    def no_store(self, operation: str, key: str) -> StorageConfigurationError:
+        """For a success that no S3 store would have sent: a web site, a proxy's own page."""
+        return self._configuration(
+            operation, key, "the answer has no entity tag, so no S3 store gave it",
+            "Check endpoint_url, and what HTTP_PROXY leads to.",
+        )  # fmt: skip
 
     def no_credentials(
         self, operation: str, key: str, reason: str = "no credentials found"
@@ -163,10 +176,10 @@ class Translator:
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role.",
         )  # fmt: skip
 
-    def _response(self, response: dict[str, Any], operation: str, key: str) -> Exception:
+    def _response(self, response: dict[str, Any], operation: str, key: str, method: str) -> Exception:
         code = str(response.get("Error", {}).get("Code", ""))
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        said = f"{status} {code}: {response.get('Error', {}).get('Message', '')}".rstrip(": ")
+        said = f"{status} {code}: {response.get('Error', {}).get('Message') or ''}".rstrip(": ")
         if code == "NoSuchBucket":
             return self._configuration(operation, key, f"there is no bucket {self.bucket!r}",
                                        "Create it, or check bucket, endpoint_url and region.")  # fmt: skip
@@ -180,7 +193,7 @@ class Translator:
             return Bodyless(said)
         if code in _SAY_NO or status in (401, 403):
             reason, remedy = _SAY_NO.get(code, _SAY_NO["AccessDenied"])
-            right = _RIGHTS.get(operation, "access")
+            right = _RIGHTS.get(method, _WRITING)
             return StorageAccessError(
                 operation, key, self.storage, f"{reason} ({said})", remedy.format(right=right)
             )

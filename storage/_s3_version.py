@@ -38,6 +38,8 @@ class Version(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Version:
         etag, _, marks = text.partition("|")
+        if not (etag.isascii() and etag.isprintable()):
+            etag = _NEVER  # no store made it, and no header can carry it
         return cls(etag, _split(marks))
 
     @classmethod

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import FaultProxy
-from onceflow.engine import INPUTS, Engine, Settings, task
+from fault_proxy import Fault, FaultProxy, Request
+from onceflow.engine import INPUTS, Engine, Settings, flow, task
 from onceflow.locking import StorageLockManager
 from onceflow.storage import S3Storage
 from s3_servers import new_prefix, s3_bucket, s3_server
@@ -65,9 +65,66 @@ async def test_requests_of_hit_and_miss(bucket: tuple[str, str], proxy: FaultPro
         await double(1)
         assert requests(proxy) == {"GET": 1, "PUT": 1}
         await double(1)
+        assert "if-none-match" not in proxy.seen[-1].headers
         assert requests(proxy) == {"GET": 1}
         await double(1)
+        assert "if-none-match" in proxy.seen[-1].headers  # answered 304, without a body
         assert requests(proxy) == {"GET": 1}
+
+
+async def test_a_copy_is_what_a_fresh_read_would_be(bucket: tuple[str, str]) -> None:
+    """B13: given another process's commit to the bucket, a copy in memory is not served; nor is a shared object."""
+    prefix, said = new_prefix(), ["first"]
+
+    @task(cache_key_fn=lambda context, parameters: "the key")
+    async def say() -> list[str]:
+        return list(said)
+
+    def engine() -> Engine:
+        return Engine(storage=S3Storage(bucket[1], prefix, endpoint_url=bucket[0]))
+
+    async with engine() as here, engine() as there:
+        for number in range(3):
+            for _ in range(3):
+                value = await _in(here, say)
+                assert value == said
+                value.append("changed by its caller")
+            said[0] = f"written by another {number}"
+            await _in(there, say.with_options(refresh_cache=True))
+            assert await _in(here, say) == said
+
+
+async def _in(engine: Engine, call: Any) -> Any:
+    @flow
+    async def inside() -> Any:
+        return await call()
+
+    return await engine.submit(inside)
+
+
+async def test_a_map_looks_up_side_by_side_and_bounded(bucket: tuple[str, str], proxy: FaultProxy) -> None:
+    """B18: of 40 look-ups as many are under way at once as there are connections, and never more."""
+    storage = S3Storage(bucket[1], new_prefix(), endpoint_url=proxy.url, max_connections=6)
+    async with storage, Engine(storage=storage):
+        await double(-1)
+        requests(proxy)
+        full, go = asyncio.Event(), asyncio.Event()
+        fault = Fault(until=go)
+
+        def hold(request: Request) -> Fault:
+            if proxy.counts["GET"] == 6:
+                full.set()
+            return fault
+
+        proxy.rule = hold
+        mapping = asyncio.ensure_future(double.map(range(40)))
+        await full.wait()
+        for _ in range(100):
+            await asyncio.sleep(0)  # who were let in too many would come now
+        assert proxy.counts == {"GET": 6}
+        go.set()
+        assert await mapping == [2 * x for x in range(40)]
+        assert requests(proxy) == {"GET": 40, "PUT": 40}
 
 
 async def test_requests_of_a_serializable_miss(bucket: tuple[str, str], proxy: FaultProxy) -> None:

@@ -568,6 +568,52 @@ async def test_signed_pickles_travel(caplog: pytest.LogCaptureFixture) -> None:
     assert len(warnings_in(caplog)) == 1
 
 
+@pytest.mark.parametrize("apart", [False, True])
+async def test_unsigned_records_where_records_are_signed(
+    caplog: pytest.LogCaptureFixture, apart: bool
+) -> None:
+    """R3: with a signing key whoever lacks it can put nothing into a bucket that is served, plain values neither."""
+    bucket, policy = Bucket(), INPUTS.configure(key_storage=Bucket() if apart else None)
+    shared = echo.with_options(cache_policy=policy)
+
+    async def plant(x: object) -> object:
+        return "forged"
+
+    async with Engine(storage=bucket):
+        await task(plant).with_options(cache_policy=policy)("plain")
+    async with Engine(storage=bucket, settings=Settings(results_signing_key="one")):
+        state = await shared.run_to_state("plain")
+        assert (state.name, state.result()) == ("Completed", "plain")
+        assert [(await shared.run_to_state("plain")).name for _ in range(2)] == ["Cached"] * 2
+    [warning] = warnings_in(caplog)
+    assert "not signed" in warning
+    assert "ONCEFLOW_RESULTS_SIGNING_KEY" in warning
+
+
+async def test_unsigned_records_where_every_writer_is_trusted(tmp_path: Path) -> None:
+    """R3: in one's own folder, and where ONCEFLOW_RESULTS_ALLOW_PICKLE says so, a new key spoils no old record."""
+    for storage, trusting in ((LocalStorage(tmp_path), False), (Bucket(), True)):
+        async with Engine(storage=storage):
+            await echo("plain")
+        settings = Settings(results_signing_key="one", results_allow_pickle=trusting)
+        async with Engine(storage=storage, settings=settings):
+            assert (await echo.run_to_state("plain")).name == "Cached"
+
+
+async def test_a_signed_record_serves_its_own_key_only(caplog: pytest.LogCaptureFixture) -> None:
+    """R3: a sound, signed record that somebody copies to another key is a miss there, pickled or plain."""
+    bucket = Bucket()
+    async with Engine(storage=bucket, settings=Settings(results_signing_key="one")):
+        for value in ("plain", Opaque(abs)):
+            one = keyed.with_options(cache_key_fn=lambda context, parameters: "one")
+            other = keyed.with_options(cache_key_fn=lambda context, parameters: "other")
+            await one.with_options(refresh_cache=True)(value)
+            await bucket.write("other", await bucket.read("one"))
+            state = await other.run_to_state("own")
+            assert (state.name, state.result()) == ("Completed", "own")
+            assert "it belongs to the key 'one'" in warnings_in(caplog)[0]
+
+
 # --- failures
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
+import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
+import storage_worker
 from onceflow.storage import (
+    MemoryStorage,
     ObjectExistsError,
     ObjectNotFoundError,
+    S3Storage,
     Storage,
     StorageClosedError,
     VersionMismatchError,
@@ -413,6 +421,31 @@ async def test_cancelled_writes(storage: Storage) -> None:
     assert await keys(storage) == ["key"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of memory is Linux's")
+@pytest.mark.parametrize("mebibytes", [320, pytest.param(1024, marks=pytest.mark.chaos)])
+async def test_a_streamed_object_takes_little_memory(storage: Storage, mebibytes: int) -> None:
+    """B25: a process that may take 256 MiB more moves an object larger than that, up as a stream, down in ranges."""
+    if isinstance(storage, MemoryStorage):
+        pytest.skip("it lies in memory")
+    # The server of the tests puts a GiB of parts together in one go, without a word for half a minute.
+    url = f"{storage.url}&timeout=180" if isinstance(storage, S3Storage) else storage.url
+    command = [sys.executable, storage_worker.__file__, "streaming", url, str(mebibytes), "256"]
+    path = os.pathsep.join(
+        (str(Path(storage_worker.__file__).parent), str(Path(__file__).parents[2] / ".dev"))
+    )
+    done = await asyncio.to_thread(
+        subprocess.run,
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 192
+
+
 # -- looking ----------------------------------------------------------------------------------------------
 
 
@@ -509,6 +542,21 @@ async def test_the_empty_key(storage: Storage) -> None:
     ):
         with pytest.raises(ValueError, match="must not be empty"):
             await attempt
+
+
+@pytest.mark.parametrize("key", [None, 7, b"bytes", ("a",)])
+async def test_what_is_no_text_is_no_key(storage: Storage, key: object) -> None:
+    """A key that is no text is refused by every method, and named."""
+    wrong: str = key  # type: ignore[assignment]
+    for attempt in (
+        storage.read(wrong),
+        storage.write(wrong, b""),
+        storage.stat(wrong),
+        storage.delete(wrong),
+    ):
+        with pytest.raises(TypeError, match=re.escape(repr(key))):
+            await attempt
+    assert await keys(storage) == []
 
 
 # -- life -------------------------------------------------------------------------------------------------

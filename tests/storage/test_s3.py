@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import hashlib
 import json
@@ -12,7 +13,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,38 @@ async def test_listings_go_over_all_pages(server: Server) -> None:
         assert len([stat async for stat in storage.list("104")]) == 10
 
 
+async def test_overlapping_prefixes_share_nothing(bucket: S3Storage, proxy: FaultProxy) -> None:
+    """B30: storages under `a`, `ab`, `a/b` and their root list, see and delete nothing of each other's.
+
+    What lies deeper in the bucket is not even sent.
+    """
+    root = bucket._options.prefix
+    async with contextlib.AsyncExitStack() as stack:
+        storages = {
+            name: await stack.enter_async_context(
+                S3Storage(s3_bucket(), f"{root}{name}", endpoint_url=proxy.url)
+            )
+            for name in ("", "/a", "/ab", "/a/b")
+        }
+        for name, storage in storages.items():
+            for key in ("a", "a/b", "b", f"own{name}"):
+                await storage.write(key, name.encode())
+        client = (await bucket._bucket.clients.get()).client
+        for number in range(3):
+            await client.put_object(Bucket=s3_bucket(), Key=f"{root}/a/deeper/{number}", Body=b"")
+        for name, storage in storages.items():
+            assert sorted([stat.key async for stat in storage.list()]) == ["a", "a/b", "b", f"own{name}"]
+            assert sorted([stat.key async for stat in storage.list("a")]) == ["a", "a/b"]
+            assert await storage.read("a/b") == name.encode()
+        page = await client.list_objects_v2(Bucket=s3_bucket(), Prefix=f"{root}/", Delimiter="/")
+        assert len(page["Contents"]) == 4
+        assert all("delimiter=%2F" in seen.path for seen in proxy.seen if "list-type" in seen.path)
+        for key in ("a", "a/b", "b"):
+            assert await storages["/a"].delete(key)
+        for name in ("", "/ab", "/a/b"):
+            assert len([stat async for stat in storages[name].list()]) == 4
+
+
 # Versions and conditions
 
 
@@ -161,6 +194,26 @@ async def test_a_foreign_object_can_be_read_and_replaced(bucket: S3Storage) -> N
     assert stored is not None
     assert stored.version == hashlib.md5(b"their bytes", usedforsecurity=False).hexdigest()
     await bucket.write("theirs", b"ours", if_version=stored.version)
+
+
+async def test_what_is_no_version_matches_nothing(bucket: S3Storage, proxy: FaultProxy) -> None:
+    """A text that no store ever gave is another version, in every operation; it gets into no header."""
+    await bucket.write("key", b"value")
+    proxy.reset_counts()
+    for odd in ("", "ü", "a\r\nx-evil: 1", "\0", "|", "\ud800"):
+        stored = await bucket.fetch("key", unless=odd)
+        assert stored is not None
+        assert stored.data == b"value"
+        for refused in (
+            bucket.fetch("key", if_version=odd),
+            bucket.write("key", b"late", if_version=odd),
+            bucket.delete("key", if_version=odd),
+        ):
+            with pytest.raises(VersionMismatchError):
+                await refused
+    assert await bucket.read("key") == b"value"
+    assert not any("x-evil" in request.headers for request in proxy.seen)
+    assert proxy.counts["GET"] == 13
 
 
 CREATORS = """
@@ -367,50 +420,6 @@ async def test_a_large_read_is_of_one_version(bucket: S3Storage, proxy: FaultPro
         assert stored.data == after
 
 
-MEMORY = """
-import asyncio, resource, sys
-from onceflow.storage import S3Storage
-
-MIB = 1024 * 1024
-url, bucket, prefix, size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]) * MIB
-
-async def source():
-    piece = bytes(range(256)) * (MIB // 256)
-    for _ in range(size // MIB):
-        yield piece
-
-async def main():
-    async with S3Storage(bucket, prefix, endpoint_url=url, concurrency=4, timeout=180) as storage:
-        await storage.write("warm", b"")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        version = await storage.write("large", source())
-        buffer, seen = bytearray(16 * MIB), 0
-        for start in range(0, size, len(buffer)):
-            stored = await storage.fetch("large", start, start + len(buffer), if_version=version, into=buffer)
-            assert bytes(stored.data[:256]) == bytes(range(256))
-            seen += len(stored.data)
-        assert seen == size == stored.size
-        await storage.delete("large")
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print((after - before) // (1024 * 1024 if sys.platform == "darwin" else 1024))
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize("mebibytes", [192, pytest.param(1024, marks=pytest.mark.chaos)])
-def test_a_streamed_object_takes_little_memory(server: Server, tmp_path: Path, mebibytes: int) -> None:
-    """B25: an object larger than the memory it may take goes up as a stream and comes down in ranges."""
-    script = tmp_path / "memory.py"
-    script.write_text(MEMORY)
-    command = [sys.executable, str(script), server.endpoint_url, s3_bucket(), new_prefix(), str(mebibytes)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=_environment(), timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 128
-
-
 async def test_a_large_read_holds_the_value_once(server: Server) -> None:
     """A large object is received into the buffer that is returned: beside it there is less than a part."""
     async with S3Storage(
@@ -557,6 +566,26 @@ async def test_cancelled_requests_leave_the_pool_whole(server: Server) -> None:
             task.cancel()
             await asyncio.wait([task])
         assert await asyncio.gather(*(storage.read("key") for _ in range(6))) == [bytes(300_000)] * 6
+
+
+def test_without_asyncio_it_says_so() -> None:
+    """88: where no asyncio runs, as under trio, each operation says what is needed, also at the end of a block."""
+
+    async def use(act: Callable[[S3Storage], Awaitable[object]]) -> None:
+        async with S3Storage("bucket", endpoint_url="http://127.0.0.1:1") as storage:
+            await act(storage)
+
+    acts: list[Callable[[S3Storage], Awaitable[object]]] = [
+        lambda storage: storage.read("key"),
+        lambda storage: storage.write("key", b"", if_absent=True),
+        lambda storage: storage.stat("key"),
+        lambda storage: storage.delete("key"),
+        lambda storage: anext(storage.list()),
+        lambda storage: storage.ensure_conditional(),
+    ]
+    for act in acts:
+        with pytest.raises(StorageConfigurationError, match=r"s3://bucket.*asyncio.*trio"):
+            use(act).send(None)  # as any other kernel of coroutines would begin it
 
 
 def test_the_import_is_light() -> None:

@@ -396,6 +396,41 @@ async def test_a_refusal_is_told_once_and_well(bucket: S3Storage, proxy: FaultPr
             assert sum(proxy.counts.values()) <= limit
 
 
+@pytest.mark.parametrize("denied", ["GET", "PUT", "DELETE", "LIST"])
+async def test_the_right_that_is_missing_is_named(bucket: S3Storage, proxy: FaultProxy, denied: str) -> None:
+    """81: denied one kind of request, an operation names the right to it; the others work as before."""
+    await bucket.ensure_conditional()  # so that no write has to look why its tag was refused, as on Ceph RGW
+    version = await bucket.write("key", OLD)
+
+    def kind_of(request: Request) -> str:
+        return "LIST" if "list-type" in request.path else request.method.replace("HEAD", "GET")
+
+    proxy.rule = lambda request: (
+        Fault(status=403, code="AccessDenied") if kind_of(request) == denied else None
+    )
+    rights = {
+        "GET": "s3:GetObject",
+        "PUT": "s3:PutObject",
+        "DELETE": "s3:DeleteObject",
+        "LIST": "s3:ListBucket",
+    }
+    acts: dict[str, tuple[str, Callable[[], Awaitable[object]]]] = {
+        "read": ("GET", lambda: bucket.read("key")),
+        "stat": ("GET", lambda: bucket.stat("key")),
+        "write": ("PUT", lambda: bucket.write("key", OLD, if_version=version)),
+        "list": ("LIST", lambda: anext(bucket.list())),
+        "delete": ("GET" if denied == "GET" else "DELETE", lambda: bucket.delete("key")),
+    }
+    for operation, (needed, act) in acts.items():
+        if needed == denied:
+            with pytest.raises(StorageAccessError, match=f"May not {operation} .*Grant .*{rights[denied]}"):
+                await act()
+        else:
+            await act()
+    proxy.rule = lambda request: None
+    assert await bucket.stat("key") is None or denied in ("GET", "DELETE")
+
+
 async def test_a_missing_bucket_is_no_missing_object(server: Server) -> None:
     """79: every operation on a bucket that is not there says so; a stat does not answer 'no such object'."""
     async with S3Storage("there-is-no-such-bucket", endpoint_url=server.endpoint_url) as storage:
@@ -444,12 +479,44 @@ async def test_wrong_credentials_on_a_real_server(
 ) -> None:
     """80: an unknown key and a wrong secret are two different errors, on a server that checks them."""
     server, bucket = checking_server
-    monkeypatch.setenv(variable, "wrong")
+    for name, value in (server.environment | {variable: "wrong"}).items():
+        monkeypatch.setenv(name, value)
     async with S3Storage(bucket, endpoint_url=server.endpoint_url) as storage:
         with pytest.raises(StorageAccessError, match=remedy):
             await storage.read("key")
         with pytest.raises(StorageAccessError, match=remedy):
             await storage.stat("key")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("AWS_PROFILE", "no-such-profile", "no-such-profile"),
+        ("AWS_DEFAULT_REGION", "no region!", "no region!"),
+        ("AWS_CONFIG_FILE", __file__, __file__),
+    ],
+)
+async def test_a_configuration_that_cannot_be(
+    server: Server, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, named: str
+) -> None:
+    """89: what the environment has wrong is named with where to look; it is not laid to the store."""
+    monkeypatch.setenv(variable, value)
+    async with S3Storage(s3_bucket(), new_prefix(), endpoint_url=server.endpoint_url) as storage:
+        with pytest.raises(StorageConfigurationError) as caught:
+            await storage.read("key")
+    for word in (named, "AWS_PROFILE", "'key'"):
+        assert word in str(caught.value)
+    assert "refused" not in str(caught.value)
+
+
+async def test_a_web_site_is_no_store(bucket: S3Storage, proxy: FaultProxy) -> None:
+    """79: a server that answers everything, but is no S3 store, is found out; its page is no object."""
+    proxy.rule = lambda _: Fault(status=200, page=b"<html>Welcome!</html>")
+    acts: list[Awaitable[object]] = [bucket.read("key"), bucket.stat("key"), bucket.delete("key")]
+    acts += [bucket.write("key", NEW), bucket.write("key", NEW, if_absent=True)]
+    for act in acts:
+        with pytest.raises(StorageConfigurationError, match=r"'key'.*no S3 store.*endpoint_url"):
+            await act
 
 
 async def test_nobody_there(server: Server) -> None:
@@ -479,7 +546,7 @@ def test_every_refusal_has_a_text_of_its_own() -> None:
 
     translator = Translator("bucket", "s3://bucket")
     texts = {
-        str(translator._response(_answered(code, status), "read", "k"))
+        str(translator._response(_answered(code, status), "read", "k", "get_object"))
         for code, (status, _, _) in REFUSALS.items()
     }  # fmt: skip
     assert len(texts) == len(REFUSALS)

@@ -46,6 +46,8 @@ class Fault:
     """Drop so many bytes of the body's end, and say so in the length: a forgery that HTTP does not show."""
     headers: Headers = field(default_factory=dict)
     """Added to a forged answer."""
+    page: bytes | None = None
+    """The body of a forged answer, instead of an S3 error's."""
 
 
 Rule = Callable[[Request], Fault | None]
@@ -207,7 +209,9 @@ async def _response(reader: asyncio.StreamReader, method: str) -> tuple[str, Hea
 
 
 async def _answer(writer: asyncio.StreamWriter, method: str, fault: Fault) -> None:
-    body = f"<Error><Code>{fault.code}</Code><Message>by the proxy</Message></Error>".encode()
+    body = fault.page
+    if body is None:
+        body = f"<Error><Code>{fault.code}</Code><Message>by the proxy</Message></Error>".encode()
     headers = {"content-type": "application/xml", "content-length": str(len(body)), **fault.headers}
     writer.write(_format(f"HTTP/1.1 {fault.status} Forged", headers) + (b"" if method == "HEAD" else body))
     await writer.drain()

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 from onceflow.storage import (
@@ -22,6 +23,8 @@ from onceflow.storage import (
     storage_from_url,
 )
 from until import until
+
+MIB = 1024 * 1024
 
 
 async def count(storage: Storage, times: str, tasks: str) -> int:
@@ -129,6 +132,43 @@ async def limited(storage: Storage, which: str) -> str:
         assert await storage.read("key") == b"old"
         await storage.write("key", b"new")
         return f"{type(error).__name__}: {error}"
+
+
+async def streaming(storage: Storage, mebibytes: str, extra: str) -> int:
+    """Move an object up as a stream and down in ranges, under a limit of so much more memory; MiB it took."""
+    size, piece = int(mebibytes) * MIB, bytes(range(256)) * (MIB // 256)
+
+    async def source(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield piece
+
+    await storage.write("warm", source(2))  # clients, threads and their stacks are there from now on
+    limit = data_in_use() + int(extra) * MIB
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        bytes(2 * int(extra) * MIB)
+    except MemoryError:
+        pass  # the limit is one
+    else:
+        raise AssertionError("the limit of memory does not hold")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    version = await storage.write("large", source(size // MIB))
+    buffer, seen = bytearray(16 * MIB), 0
+    for start in range(0, size, len(buffer)):
+        stored = await storage.fetch("large", start, start + len(buffer), if_version=version, into=buffer)
+        assert stored is not None
+        assert stored.data[:MIB] == stored.data[-MIB:] == piece
+        seen += len(stored.data)
+        assert stored.size == size
+    assert seen == size
+    await storage.delete("large")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+
+
+def data_in_use() -> int:
+    """What counts against RLIMIT_DATA, in bytes. Linux only."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
 
 
 async def main(work: str, url: str, *arguments: str) -> None:
