@@ -22,7 +22,7 @@ from ._errors import ConfigurationError, EngineClosedError
 from ._flights import Room
 from ._limits import Limits
 from ._notes import Explainer
-from ._options import check_runner
+from ._options import check_locking, check_runner
 from ._records import Records
 from ._settings import Settings, stamp
 from ._stores import SerializerLike, StorageLike, Stores
@@ -338,14 +338,12 @@ def _check(
     kinds: dict[str, tuple[Any, Any, str]] = {
         "storage": (storage, (Storage, str, os.PathLike), "Give a path, a URL or a Storage."),
         "key_storage": (key_storage, (Storage, str, os.PathLike), "Give a path, a URL or a Storage."),
-        "lock_manager": (
-            lock_manager, LockManager, "lock_manager_from_url(…) makes one of a URL, and so does ONCEFLOW_LOCKS."
-        ),
         "settings": (settings, Settings, "Write settings=Settings(…)."),
     }  # fmt: skip
     for name, (value, types, remedy) in kinds.items():
         if value is not None and not isinstance(value, types):
             raise ConfigurationError(f"{name} of an engine cannot be {value!r}.", remedy)
+    check_locking("an engine", lock_manager)
     if grace is not None and (not isinstance(grace, (int, float)) or not grace >= 0):
         raise ConfigurationError(f"grace must be seconds from 0 on, got {grace!r}.", "Leave it out for 10.")
     if worker_threads is not None and (not isinstance(worker_threads, int) or worker_threads < 1):

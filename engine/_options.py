@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from ..locking import LockManager
 from ._errors import ConfigurationError, closest
 
 if TYPE_CHECKING:
@@ -186,4 +187,22 @@ def check_retries(kind: str, name: str, options: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             f"{kind} {name!r}: cache_expiration must be a timedelta, got {expiration!r}.",
             "Write timedelta(minutes=5).",
+        )
+
+
+def check_locking(what: str, lock_manager: Any, lock_timeout: Any = None) -> None:
+    """Refuse what cannot lock, or wait.
+
+    Raises:
+        ConfigurationError: Names the argument, and what it may be.
+    """
+    if lock_manager is not None and not isinstance(lock_manager, LockManager):
+        raise ConfigurationError(
+            f"lock_manager of {what} cannot be {lock_manager!r}.",
+            "lock_manager_from_url(…) makes one of a URL, and so does ONCEFLOW_LOCKS.",
+        )
+    if lock_timeout is not None and not (isinstance(lock_timeout, (int, float)) and lock_timeout >= 0):
+        raise ConfigurationError(
+            f"lock_timeout of {what} must be seconds from 0 on, got {lock_timeout!r}.",
+            "Leave it out to wait for ever.",
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from . import _fingerprint, _source
 from ._errors import CacheKeyError, ConfigurationError
+from ._options import check_locking
 
 if TYPE_CHECKING:
     from ..locking import LockManager
@@ -88,7 +89,13 @@ class CachePolicy:
         lock_manager: LockManager | None = None,
         lock_timeout: float | None = None,
     ) -> Self:
-        """This policy, with its records elsewhere, another isolation level, or its own lock manager."""
+        """This policy, with its records elsewhere, another isolation level, or its own lock manager.
+
+        Raises:
+            ValueError: There is no such isolation level.
+            ConfigurationError: The lock manager, or the timeout in seconds, cannot be one.
+        """
+        check_locking("a policy", lock_manager, lock_timeout)
         configured = copy(self)
         level = None if isolation_level is None else IsolationLevel.parse(isolation_level)
         said = (key_storage, level, lock_manager, lock_timeout)

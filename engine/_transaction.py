@@ -20,6 +20,7 @@ from ._errors import CommitError, ConfigurationError, NoValueError
 from ._flights import Flight, Served
 from ._keyed import open_keyed, read, stage
 from ._locks import Held
+from ._options import check_locking
 from ._outcome import Staged, call_hooks, write
 from ._owning import cancel_all, finish
 from ._policies import IsolationLevel
@@ -71,6 +72,7 @@ class transaction:
         storage: Storage | str | os.PathLike[str] | None = None,
         lock_timeout: float | None = None,
     ) -> None:
+        check_locking("a transaction", lock_manager, lock_timeout)
         self._id: str | None = None
         self.key = key
         self.isolation_level = None if isolation_level is None else IsolationLevel.parse(isolation_level)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from onceflow.engine import (
     RUN_ID,
     TASK_SOURCE,
     CachePolicy,
+    ConfigurationError,
     Engine,
     IsolationLevel,
     flow,
     task,
+    transaction,
 )
 from onceflow.locking import MemoryLockManager
 from onceflow.storage import MemoryStorage
@@ -260,6 +264,22 @@ def test_unknown_isolation_levels(level: Any) -> None:
     """C14: an unknown level is a ValueError at once, and says which there are."""
     with pytest.raises(ValueError, match=r"READ_COMMITTED.*SERIALIZABLE"):
         INPUTS.configure(isolation_level=level)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lock_manager", "redis://localhost"),
+        ("lock_timeout", -1),
+        ("lock_timeout", "5"),
+        ("lock_timeout", nan),
+    ],
+)
+def test_what_cannot_lock(option: str, value: Any) -> None:
+    """C9: a lock manager that is none, and a timeout that is no time, are refused at once, by name and value."""
+    for configure in (INPUTS.configure, TASK_SOURCE.configure, transaction):
+        with pytest.raises(ConfigurationError, match=f"{option} of a .* {re.escape(repr(value))}"):
+            configure(**{option: value})
 
 
 @pytest.mark.parametrize("policy", [ByTenant("my key"), Asking("my key"), Dated("my key")])
