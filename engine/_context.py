@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
-from random import Random
 from typing import TYPE_CHECKING, Any
 
+from ..storage._nonces import random_bits
 from ._errors import ConfigurationError, NoActiveRunError
 from ._kernel import Life
 
@@ -33,13 +32,10 @@ current_run: ContextVar[TaskRun | FlowRun | None] = ContextVar("onceflow_run", d
 current_transaction: ContextVar[transaction | None] = ContextVar("onceflow_transaction", default=None)
 current_tags: ContextVar[frozenset[str]] = ContextVar("onceflow_tags", default=frozenset())
 
-_random = Random()
-os.register_at_fork(after_in_child=_random.seed)
-
 
 def new_id() -> str:
     """A UUIDv7 (RFC 9562): sortable by its millisecond, 74 random bits."""
-    bits = _random.getrandbits(74)
+    bits = random_bits(74)
     number = time.time_ns() // 1_000_000 << 80 | 7 << 76 | (bits >> 62) << 64 | 2 << 62 | bits & (1 << 62) - 1
     digits = f"{number:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 
 from ._files import version_of
 from ._folders import check_version, exists, locked, make_folder, sync
+from ._nonces import nonce
 
 DRAFT = ".tmp-"
 DRAFT_LIFE = 24 * 3600.0
@@ -42,7 +42,7 @@ class Draft:
 
     def __init__(self, folder: str, durable: bool) -> None:
         self.folder, self.durable = folder, durable
-        self.path = f"{folder}/{DRAFT}{secrets.token_hex(8)}"
+        self.path = f"{folder}/{DRAFT}{nonce(16)}"
         self.unwanted = False
 
     def write_object(

@@ -24,7 +24,6 @@ are carried along in `Header.unknown`. What an old reader must not overlook gets
 from __future__ import annotations
 
 import hmac
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ import msgpack
 
 from ._digest import payload_digest
 from ._errors import CorruptRecordError, NewerRecordError, SerializationError, SignatureError
+from ._nonces import nonce
 from ._storage import Buffer
 
 MAGIC = b"\xd1ONC"
@@ -124,7 +124,7 @@ def pack(header: Header, segments: Sequence[Buffer], *, signing_keys: Sequence[b
     header.segments = tuple(map(len, views))
     header.frozen = tuple([index for index, view in enumerate(views) if index and type(view) is bytes])
     header.signed = bool(signing_keys)
-    header.nonce = os.urandom(12).hex()
+    header.nonce = nonce(24)
     header.digest = payload_digest(views, signed=header.signed)
     body = _pack_fields(header, align=len(views) > 1)
     if len(body) > MAX_HEADER_SIZE:

@@ -103,7 +103,7 @@ class Hops:
             now = time.monotonic()
             if self._queue and now - self._looked >= _TICK:
                 slow = self._taken < _ENOUGH * self._awake * (now - self._looked) / _TICK
-                if slow and self._awake < self._threads:
+                if slow and self._awake < self._threads and not self._closed:
                     self._wake()
                 self._looked, self._taken = now, 0
             return bool(self._queue)

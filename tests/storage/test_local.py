@@ -308,6 +308,30 @@ async def test_slow_operations_get_more_threads(tmp_path: Path) -> None:
         )
 
 
+async def test_what_was_taken_before_the_close_is_done(tmp_path: Path) -> None:
+    """Operations that queue when a storage is closed are finished, and no further thread is woken for them."""
+    storage = LocalStorage(tmp_path, threads=2)
+    begun, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go.wait()
+
+    blocking = asyncio.create_task(storage._hops.run(work))
+    await until(begun.is_set)
+    writing = asyncio.create_task(storage.write("key", b"content"))
+    await asyncio.sleep(0)
+    await storage.aclose()
+    storage._hops._looked = 0.0
+    try:
+        assert storage._hops.tick()
+    finally:
+        go.set()
+    await asyncio.wait_for(asyncio.gather(blocking, writing), timeout=30)
+    async with LocalStorage(tmp_path) as reader:
+        assert await reader.read("key") == b"content"
+
+
 async def test_a_queued_write_is_withdrawn(tmp_path: Path) -> None:
     """A write cancelled before its turn ends at once, and nothing of it ever happens."""
     async with LocalStorage(tmp_path, threads=1) as storage:
