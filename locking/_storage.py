@@ -38,6 +38,10 @@ _FORMAT = 1
 _SHORTEST, _LONGEST = 0.05, 2.0
 """Seconds between two looks of a waiter: decorrelated jitter (M. Brooker, "Exponential Backoff And Jitter")."""
 
+_RACES = 3
+"""How often somebody may be faster until the next try waits as for a held key. Many who want a key that is held for
+less time than a request takes would go on losing, and take the store for out of reach when their deadline came."""
+
 _PROBE_SECONDS = 30.0
 """For the first request, which loads and opens a client, and for probing the store, once."""
 
@@ -97,7 +101,7 @@ class StorageLockManager(QueuedLockManager):
         return busy
 
     async def _taken(self, claim: Claim) -> Busy | None:
-        pause, began = _SHORTEST, self._clock()
+        pause, began, lost = _SHORTEST, self._clock(), 0
         while True:
             try:
                 found = await self._read(claim.key)
@@ -107,7 +111,7 @@ class StorageLockManager(QueuedLockManager):
                         found.lock.token,
                     )  # won, and the answer was lost
                     return None
-                if found is not None and found.lock.held and not self._abandoned(found):
+                if found is not None and (lost >= _RACES or (found.lock.held and not self._abandoned(found))):
                     return self._busy(found)
                 token = max((found.lock.token if found else 0) + 1, time.time_ns() // 1000)
                 body = _pack(True, token, claim.nonce, self._lease_of_claim(claim), claim.holder)
@@ -115,7 +119,7 @@ class StorageLockManager(QueuedLockManager):
                 claim.token = token
                 return None
             except ConditionFailedError:
-                continue  # somebody was faster, or it was this very claim: read what is there now
+                lost += 1  # somebody was faster, or it was this very claim: read what is there now
             except StorageUnavailableError:
                 if self._clock() + pause > began + patience(self.lease_seconds):
                     raise

@@ -21,6 +21,7 @@ from onceflow.storage import (
     StorageAccessError,
     StorageUnavailableError,
     Stored,
+    VersionMismatchError,
 )
 
 
@@ -144,6 +145,30 @@ async def test_unavailable_for_good() -> None:
             await manager.acquire("key", "me")
         storage.broken = None
         assert await manager.acquire("key", "you", timeout=0)
+
+
+async def test_who_is_never_the_first_waits_his_turn() -> None:
+    """B7: a try that others are always faster than ends as one for a held key, not as one on a store out of reach."""
+
+    class Raced(MemoryStorage):
+        losses = tries = 0
+
+        async def write(self, key: str, data: Any, **options: Any) -> str:
+            self.tries += 1
+            if self.losses:
+                self.losses -= 1
+                raise VersionMismatchError(key, self.url, "theirs")
+            return await super().write(key, data, **options)
+
+    storage = Raced()
+    async with StorageLockManager(storage) as manager:
+        async with manager.lock("key"):
+            pass
+        storage.losses, storage.tries = 1000, 0
+        assert await manager.acquire("key", "me", timeout=0) is None
+        assert storage.tries == 3
+        storage.losses = 4
+        assert await manager.acquire("key", "me") is not None
 
 
 async def test_a_hanging_store_has_a_deadline() -> None:
