@@ -139,13 +139,19 @@ def _make_chunk(parts: Any, kind: Any) -> Any:
     elif tag == _FLAT:
         made = _make_flat(kind, *rest)
     else:
-        with pa.ipc.open_stream(pa.py_buffer(rest[0])) as reader:
-            if not reader.schema.equals(_schema_of(kind), check_metadata=True):
-                raise Unreadable("it holds an Arrow column of another type")
-            [made] = reader.read_next_batch().columns
+        made = _make_stream(rest[0], kind)
     if made.type != kind:
         raise Unreadable("it holds an Arrow column of another type")
     made.validate(full=True)
+    return made
+
+
+def _make_stream(data: Any, kind: Any) -> Any:
+    buffer = pa.py_buffer(data)
+    if _EXTENSION in bytes(pa.ipc.read_message(buffer).metadata):
+        raise Unreadable("it holds an Arrow extension type")
+    with pa.ipc.open_stream(buffer) as reader:
+        [made] = reader.read_next_batch().columns
     return made
 
 
@@ -191,8 +197,9 @@ def _chunked(chunks: list[Any], kind: Any) -> Any:
 
 
 def _take_table(table: Any) -> list[Any]:
+    schema = _take_schema(table.schema)
     columns = [[_take_chunk(chunk) for chunk in column.chunks] for column in table.columns]
-    return [_take_schema(table.schema), table.num_rows, columns]
+    return [schema, table.num_rows, columns]
 
 
 def _make_table(parts: Any, _: Context) -> Any:
