@@ -20,9 +20,12 @@ from ._kinds import Context, Kind, Raw, Unreadable, Unsupported
 _EXTENSION = b"ARROW:extension:name"  # the field metadata that makes one, on reading a schema
 _FLAT, _DICTIONARY, _STREAM = 0, 1, 2
 _types: Any = pa.types
-_TEXTS = {kind: 4 for kind in (pa.string(), pa.binary())} | {
-    kind: 8 for kind in (pa.large_string(), pa.large_binary())
-}
+_TEXTS = {
+    pa.string(): 4,
+    pa.binary(): 4,
+    pa.large_string(): 8,
+    pa.large_binary(): 8,
+}  # the bytes of an offset
 
 
 def kind_of(value: object) -> Kind | None:

@@ -120,7 +120,7 @@ def _make_categorical(codes: Any, categories: Any, ordered: bool) -> Any:
 
 def _make_text(storage: str, missing: bool, content: Any) -> Any:
     # A pandas before 2.3 knows only the one missing value, and its own names for the storage.
-    dtype: Any = pd.StringDtype(storage, na_value=np.nan) if missing else pd.StringDtype(storage)  # type: ignore[call-arg]
+    dtype: Any = pd.StringDtype(storage, na_value=np.nan) if missing else pd.StringDtype(storage)
     if storage != "python":
         return dtype.__from_arrow__(content)
     return dtype.construct_array_type()._from_sequence(_objects(content, [len(content)]), dtype=dtype)

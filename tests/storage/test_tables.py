@@ -47,20 +47,20 @@ def test_tables_come_back_exactly(name: str) -> None:
 
 
 def test_an_equality_that_tells_everything_apart() -> None:
-    """The equalities of these tests hold between a value and itself only, of all the values here."""
-    for same, values in ((same_arrow, ARROW), (same_polars, POLARS), (same_pandas, [*FRAMES, *INDEXES])):
-        for at, one in enumerate(values):
-            assert same(one, one)
-            assert [other for other, two in enumerate(values) if same(one, two)][0] <= at
+    """The equality of these tests is not satisfied by what is nearly the same."""
+    assert not same_arrow(pa.chunked_array([[1], [2]]), pa.chunked_array([[1, 2]]))
+    assert not same_polars(pl.Series("a", ["x"]), pl.Series("a", ["x"], pl.Categorical))
     for one, two in [
-        (pd.Index([1], name="a"), pd.Index([1])), (pd.date_range("2024", periods=2), pd.date_range("2024", periods=2)._with_freq(None)),
-        (pd.Series([1], dtype="i4"), pd.Series([1])), (pd.Series([None], dtype=object), pd.Series([np.nan], dtype=object)),
+        (pd.Index([1], name="a"), pd.Index([1])),
+        (pd.date_range("2024", periods=2), pd.date_range("2024", periods=2)._with_freq(None)),
+        (pd.Series([1], dtype="i4"), pd.Series([1])),
+        (pd.Series([None], dtype=object), pd.Series([np.nan], dtype=object)),
         (pd.RangeIndex(2), pd.Index([0, 1])), (pd.Series(["a"]), pd.Series(["a"], dtype="string")),
     ]:  # fmt: skip
         assert not same_pandas(one, two)
 
 
-class SubFrame(pd.DataFrame):
+class SubFrame(pd.DataFrame):  # type: ignore[misc]
     pass
 
 
@@ -68,7 +68,7 @@ class SubPolars(pl.DataFrame):
     pass
 
 
-class Metres(pa.ExtensionType):
+class Metres(pa.ExtensionType):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(pa.int64(), "onceflow.test.metres")
 
@@ -91,7 +91,8 @@ REFUSED = [
     pd.DataFrame({"a": [1]}, index=HOLIDAYS[:1]), pd.Series([1], name=HOLIDAYS.freq), pd.offsets.MonthEnd(),
     pd.Series([object()]), pd.Index([abs]), pd.DataFrame({"a": [1, abs]}), pd.CategoricalIndex([abs]),
     pd.Timestamp("2024", tz="dateutil/Europe/Berlin"), pd.DatetimeIndex(["2024"]).tz_localize("dateutil/Europe/Berlin"),
-    pd.CategoricalDtype(["a"]), pa.int64(), pl.Int64, pl.LazyFrame({"a": [1]}), pd.DataFrame, pd.arrays.NumpyExtensionArray(np.arange(2)),
+    pd.CategoricalDtype(["a"]), pa.int64(), pl.Int64, pl.LazyFrame({"a": [1]}), pd.DataFrame,
+    pd.arrays.NumpyExtensionArray(np.arange(2)),
 ]  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def test_columns_are_written_where_they_lie() -> None:
         "".join(texts[:9000])
     )
     assert len(segments[0]) < 5000
-    [tree, column] = map(len, dumps(pl.DataFrame({"a": numbers})))  # type: ignore[arg-type]
+    [tree, column] = map(len, dumps(pl.DataFrame({"a": numbers})))
     assert column >= numbers.nbytes > OUT_OF_BAND > tree
 
 
@@ -160,12 +161,13 @@ def test_what_comes_back_is_writable_and_nobody_elses() -> None:
     """E1: every column of a frame may be changed, and neither the record nor another reading changes with it."""
     frame: Any = FRAMES[0].reset_index(drop=True)
     parts = [bytes(segment) for segment in dumps(frame)]
-    for make in (bytes, bytearray):
+    makers: list[Any] = [bytes, bytearray]
+    for make in makers:
         segments: Any = [make(part) for part in parts]
         back = loads(segments)
         for name in back:
             back.iloc[[0, 1], back.columns.get_loc(name)] = back[name].iloc[[1, 0]].array
-            column = loads([*map(make, parts)])[name]
+            column = loads([make(part) for part in parts])[name]
             column.iloc[[0]] = column.iloc[[2]].array
             assert same_pandas(column.iloc[[0]].array, frame[name].iloc[[2]].array)
         assert same_pandas(loads(parts), frame)
@@ -258,7 +260,8 @@ def golden_value() -> list[Any]:
         pd.DataFrame(
             {"a": [1, 2], "b": [1.5, np.nan], "o": pd.Series(["x", (1, None)], dtype=object)},
             index=pd.date_range("2024-01-01", periods=2, freq="D", tz="Europe/Berlin", unit="ns", name="when"),
-        ).assign(c=pd.Categorical(["x", None]), m=pd.array([1, None], "Int64"), s=pd.array(["y", None], "string[python]")),
+        ).assign(c=pd.Categorical(["x", None]), m=pd.array([1, None], "Int64"),
+        s=pd.array(["y", None], "string[python]")),
         pd.Series([1, 2], pd.MultiIndex.from_tuples([(1, 2), (3, 4)], names=["k", None]), name="n"),
         pl.DataFrame({"a": [1, None], "b": ["x", "y"], "c": [[1], None]}),
         pl.Series("e", ["x", "y"], pl.Enum(["y", "x"])),

@@ -48,23 +48,22 @@ ARROW: list[Any] = [
     pa.record_batch({"a": [1, 2]}).select([]),
 ]  # fmt: skip
 
+_SERIES: list[Any] = [
+    ([1, 2], pl.UInt8), ([2**100], pl.Int128), ([1.5, float("nan")], pl.Float32), ([b"a"], pl.Binary),
+    ([Decimal("1.10")], pl.Decimal(20, 3)), (["x", None, "y", "x"], pl.Categorical),
+    (["x", "y"], pl.Enum(["y", "x"])), ([], pl.Enum([])), ([None], pl.Null), ([[1, 2]], pl.Array(pl.Int8, 2)),
+    ([["x"], ["y", "x"]], pl.List(pl.Categorical)), ([dt.date(2024, 1, 1)], pl.Date), ([], pl.List(pl.Null)),
+    ([dt.datetime(2024, 1, 1)], pl.Datetime("ns", "Europe/Berlin")), ([dt.time(1)], pl.Time),
+    ([dt.timedelta(1)], pl.Duration("ms")), ([{}], pl.Struct({})),
+]  # fmt: skip
+
 POLARS: list[Any] = [
     pl.DataFrame(), pl.DataFrame(height=2), pl.DataFrame({"a": [1, None], "b": ["x", "ü"]}),
     pl.DataFrame({"a": []}, schema={"a": pl.Int8}), pl.DataFrame({"": [True], " ": [None]}),
     pl.DataFrame({"a": range(9)})[2:5], pl.DataFrame({"a": np.arange(50_000.0), "b": ["text"] * 50_000}),
     pl.concat([pl.DataFrame({"a": [1, 2]}), pl.DataFrame({"a": [3]})], rechunk=False),
     pl.DataFrame({"a": [[1], None], "s": [{"x": [1], "y": "b"}, None]}),
-    *[
-        pl.Series("a", values, dtype)
-        for values, dtype in [
-            ([1, 2], pl.UInt8), ([2**100], pl.Int128), ([1.5, float("nan")], pl.Float32), ([b"a"], pl.Binary),
-            ([Decimal("1.10")], pl.Decimal(20, 3)), (["x", None, "y", "x"], pl.Categorical),
-            (["x", "y"], pl.Enum(["y", "x"])), ([], pl.Enum([])), ([None], pl.Null), ([[1, 2]], pl.Array(pl.Int8, 2)),
-            ([["x"], ["y", "x"]], pl.List(pl.Categorical)), ([dt.date(2024, 1, 1)], pl.Date), ([], pl.List(pl.Null)),
-            ([dt.datetime(2024, 1, 1)], pl.Datetime("ns", "Europe/Berlin")), ([dt.time(1)], pl.Time),
-            ([dt.timedelta(1)], pl.Duration("ms")), ([{}], pl.Struct({})),
-        ]
-    ],
+    *[pl.Series("a", *parts) for parts in _SERIES],
 ]  # fmt: skip
 
 _dates = pd.date_range("2024-03-30", periods=4, freq="D", tz=ZONE)
@@ -87,7 +86,8 @@ _attributed.attrs = {"unit": ("m", {1: 2})}
 
 FRAMES: list[Any] = [
     _frame, _frame.iloc[::2], _frame[["i", "o"]].iloc[1:], _frame.reset_index(), _frame.iloc[:0], _attributed,
-    pd.DataFrame(), pd.DataFrame(index=[1, 2]), pd.DataFrame(columns=["a", "b"]), pd.DataFrame([[1, 2.5]], columns=["a", "a"]),
+    pd.DataFrame(), pd.DataFrame(index=[1, 2]), pd.DataFrame(columns=["a", "b"]),
+    pd.DataFrame([[1, 2.5]], columns=["a", "a"]),
     pd.DataFrame(np.arange(12).reshape(4, 3)), pd.DataFrame(np.asfortranarray(np.ones((300, 30)))),
     pd.DataFrame({1: [1], "1": [2], (1, 2): [3], None: [4]}), pd.DataFrame({"a": [1, 2]}, index=_dates[:2]),
     pd.DataFrame([[1, 2, 3]], columns=_pairs), pd.DataFrame({"a": [1j], "h": np.array([1], "f2")}),
@@ -97,9 +97,11 @@ FRAMES: list[Any] = [
     pd.DataFrame({"a": [1, 2]}).astype({"a": "category"}), pd.DataFrame({"a": [pd.NA, pd.NaT, np.float32(1)]}),
     pd.DataFrame({"a": ["x", np.nan, None]}, dtype=object), pd.DataFrame({"a": np.array(["2024"], "M8[s]")}),
     *[_frame[name] for name in _frame], *[_frame[name].array for name in _frame if name not in "ifjboAm"],
-    pd.Series([1, 2]), pd.Series([], dtype=object), pd.Series([1], name=("a", 1)), pd.Series(["a", "b"], index=["x", "y"]),
+    pd.Series([1, 2]), pd.Series([], dtype=object), pd.Series([1], name=("a", 1)),
+    pd.Series(["a", "b"], index=["x", "y"]),
     pd.Series(_dates), pd.Series([1.0]).set_flags(allows_duplicate_labels=False), pd.Series(pd.Timestamp("2024")),
-    pd.Series([pd.Timestamp("2024-01-01"), Decimal("1.1"), pd.Interval(0, 1), pd.Period("2024", "Y"), pd.Timedelta("1s")], dtype=object),
+    pd.Series([pd.Timestamp("2024-01-01"), Decimal("1.1"), pd.Interval(0, 1), pd.Period("2024", "Y"),
+    pd.Timedelta("1s")], dtype=object),
     pd.Series(pd.Categorical([1.5, None])), pd.Series(pd.Categorical(_dates)), pd.array([1, 2]), pd.array([], "string"),
 ]  # fmt: skip
 
@@ -107,23 +109,31 @@ INDEXES: list[Any] = [
     pd.RangeIndex(3), pd.RangeIndex(9, 0, -2, name="n"), pd.Index([1, 5]), pd.Index([1.5], name=("a",)), pd.Index([]),
     pd.Index(["a", "b"]), pd.Index(["a", None], dtype=object), pd.Index([(1, 2), (3,)], tupleize_cols=False),
     pd.Index([True, False]), pd.Index([1, 2], dtype="u1"), pd.Index([1, None], dtype="Int64"), pd.Index([1, "a", None]),
-    pd.Index(["a", "b"], dtype="string"), pd.Index(["a"], dtype="string[python]"), pd.Index([1], dtype="int64[pyarrow]"),
+    pd.Index(["a", "b"], dtype="string"), pd.Index(["a"], dtype="string[python]"),
+    pd.Index([1], dtype="int64[pyarrow]"),
     _dates, _dates[[0, 2]], _dates[::2], pd.date_range("2024", periods=3, freq="MS", name="m"), pd.DatetimeIndex([]),
-    pd.date_range("2024", periods=0, freq="h"), pd.date_range("2024", periods=5, freq="B"), pd.DatetimeIndex(["2024", None]),
+    pd.date_range("2024", periods=0, freq="h"), pd.date_range("2024", periods=5, freq="B"),
+    pd.DatetimeIndex(["2024", None]),
     pd.date_range("2024", periods=3, freq="15min", unit="s"), pd.date_range("2024", periods=3, freq="W-MON", tz="UTC"),
     pd.DatetimeIndex(["2024-10-27 02:30"] * 2).tz_localize(ZONE, ambiguous=np.array([True, False])),
-    pd.timedelta_range("1s", periods=3, freq="2s"), pd.to_timedelta(["1s", None]), pd.period_range("2024", periods=3, freq="Q"),
-    pd.interval_range(0, 3), pd.IntervalIndex.from_tuples([(0.0, 1.5), None], closed="both"), pd.interval_range(pd.Timestamp("2024"), periods=2),
+    pd.timedelta_range("1s", periods=3, freq="2s"), pd.to_timedelta(["1s", None]),
+    pd.period_range("2024", periods=3, freq="Q"),
+    pd.interval_range(0, 3), pd.IntervalIndex.from_tuples([(0.0, 1.5), None], closed="both"),
+    pd.interval_range(pd.Timestamp("2024"), periods=2),
     pd.CategoricalIndex(["a", "b", "a"], ["b", "a"], ordered=True, name="c"), pd.CategoricalIndex([]),
-    _pairs, _pairs[:0], _pairs[[0, 2]], _pairs.set_names([None, None]), pd.MultiIndex.from_arrays([[1, None], _dates[:2]]),
+    _pairs, _pairs[:0], _pairs[[0, 2]], _pairs.set_names([None, None]),
+    pd.MultiIndex.from_arrays([[1, None], _dates[:2]]),
     pd.MultiIndex.from_product([_dates, ["a"]]), pd.MultiIndex.from_arrays([pd.CategoricalIndex(["a"]), [1]]),
 ]  # fmt: skip
 
 PANDAS_SCALARS: list[Any] = [
-    pd.NA, pd.NaT, pd.Timestamp("2024"), pd.Timestamp("2024-10-26 02:30", tz=ZONE), pd.Timestamp(2**62, unit="ns", tz="UTC"),
-    pd.Timestamp("2024-10-27 00:30", tz="UTC").tz_convert(ZONE), pd.Timestamp("2024-10-27 01:30", tz="UTC").tz_convert(ZONE),
+    pd.NA, pd.NaT, pd.Timestamp("2024"), pd.Timestamp("2024-10-26 02:30", tz=ZONE),
+    pd.Timestamp(2**62, unit="ns", tz="UTC"),
+    pd.Timestamp("2024-10-27 00:30", tz="UTC").tz_convert(ZONE),
+    pd.Timestamp("2024-10-27 01:30", tz="UTC").tz_convert(ZONE),
     pd.Timestamp("2024").as_unit("s"), pd.Timedelta("1s"), pd.Timedelta(5, "ns"), pd.Timedelta("1D").as_unit("ms"),
-    pd.Period("2024-01", "M"), pd.Period("2024", "W-TUE"), pd.Interval(0, 1.5, "neither"), pd.Interval(pd.Timestamp("2024"), pd.Timestamp("2025")),
+    pd.Period("2024-01", "M"), pd.Period("2024", "W-TUE"), pd.Interval(0, 1.5, "neither"),
+    pd.Interval(pd.Timestamp("2024"), pd.Timestamp("2025")),
 ]  # fmt: skip
 
 
