@@ -72,7 +72,7 @@ def _take_frame(frame: Any) -> list[Any]:
             if again != frame.schema or repr(again) != repr(frame.schema):
                 raise Unsupported(f"has the schema {frame.schema!r}, which polars reads back as another")
         return [frame.height, *map(Raw, _write(frame))]
-    except (pl.exceptions.PolarsError, PanicException, OSError, ValueError, TypeError) as error:
+    except (pl.exceptions.PolarsError, PanicException, Unreadable, OSError, ValueError, TypeError) as error:
         raise Unsupported(f"is a polars value that polars cannot write: {error}") from error
 
 

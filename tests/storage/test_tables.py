@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,10 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-from onceflow.storage import _pandas
+from onceflow.storage import _arrow, _pandas, _polars
 from onceflow.storage._codec import OUT_OF_BAND, dumps, loads
 from onceflow.storage._errors import SerializationError, UnreadableValueError
+from onceflow.storage._kinds import Context, Raw, Unreadable
 from onceflow.storage._serializers import DefaultSerializer, decode, serializer_by_name
 from pandas.tseries.offsets import CustomBusinessDay
 from stored_tables import (
@@ -204,6 +207,49 @@ def test_mutated_tables_are_values_or_errors(values: list[Any]) -> None:
             assert value.equals(value) in (True, False)
         elif type(value).__module__.startswith("pyarrow"):
             value.validate(full=True)
+
+
+def plain(parts: Any) -> Any:
+    """The parts as a reader gets them."""
+    if isinstance(parts, list):
+        return [plain(part) for part in parts]
+    return bytes(parts.data) if isinstance(parts, Raw) else parts
+
+
+def test_lengths_that_are_not_true_are_found() -> None:
+    """B19: what polars, pandas or Arrow would follow out of their memory is an error before they see it."""
+    here = Context(imports=False)
+    length, [tag, _, nulls, buffers] = plain(_arrow.ARRAY.take(pa.array([1, 2])))
+    for column in (
+        [tag, 3, nulls, buffers],
+        [tag, -1, nulls, buffers],
+        [tag, 2, 1, buffers],
+        [tag, 2, 0, [None, None]],
+    ):
+        with pytest.raises(Unreadable):
+            _arrow.ARRAY.make([length, column], here)
+    columns, index, [[places, values]], *beside = _pandas.FRAME.take(pd.DataFrame({"a": [1], "b": [2]}))
+    for blocks in (
+        [[np.array([0, 0]), values]],
+        [[np.array([0, 2]), values]],
+        [],
+        [[places, ["numpy", values[1][:, :0]]]],
+    ):
+        with pytest.raises(Unreadable, match=r"blocks|shape"):
+            _pandas.FRAME.make([columns, index, blocks, *beside], here)
+    height, stream = plain(_polars.SERIES.take(pl.Series([1, 2, 3])))
+    assert _polars.SERIES.make([height, stream], here).to_list() == [1, 2, 3]
+    data = struct.pack("<qq", 0, 24)
+    assert data in stream
+    for other in (stream.replace(data, struct.pack("<qq", 0, 1 << 50)), stream[:-20], b"x" * 8 + stream):
+        with pytest.raises((Unreadable, struct.error)):
+            _polars.SERIES.make([height, other], here)
+    with pytest.raises(Unreadable, match="height"):
+        _polars.SERIES.make([4, stream], here)
+    out = io.BytesIO()
+    pl.DataFrame({"a": [1] * 10_000}).write_ipc_stream(out, compression="zstd")
+    with pytest.raises(Unreadable, match="compressed"):
+        _polars.FRAME.make([10_000, out.getvalue()], here)
 
 
 def test_extension_types_of_others_are_not_read() -> None:
