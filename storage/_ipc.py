@@ -16,7 +16,7 @@ _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3  # the types of messages
 _DEPTH = 100
 
 
-def check_stream(data: bytes) -> None:
+def check_stream(data: memoryview) -> None:
     """Check a whole stream.
 
     Raises:
@@ -30,7 +30,7 @@ def check_stream(data: bytes) -> None:
             raise Unreadable("it holds an Arrow stream that is torn")
         if size == 0:
             return
-        body = _check_message(data[at + 8 : at + 8 + size])
+        body = _check_message(bytes(data[at + 8 : at + 8 + size]))
         at += 8 + size + body
         if not 0 <= body <= len(data) or at > len(data):
             raise Unreadable("it holds an Arrow stream that is cut off")

@@ -1,8 +1,8 @@
 """polars frames and series. Imported only when polars is, or when a record needs it.
 
 They travel as the Arrow stream that polars itself writes; each column that it hands out in one buffer is a
-segment. polars has no way to lend its memory, so that is one copy each way. A frame whose schema does not
-come back the same from such a stream (Python objects) is refused and left to pickle.
+segment. polars has no way to lend its memory, so it is copied once out, and joined and copied in. A frame whose
+schema does not come back the same from such a stream (Python objects) is refused and left to pickle.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def _write(frame: Any) -> list[bytes]:
 
 
 def _read(pieces: list[Any]) -> Any:
-    data = b"".join(pieces)
-    check_stream(data)
-    return pl.read_ipc_stream(io.BytesIO(data))
+    file = io.BytesIO(b"".join(pieces))  # that has the bytes to itself: else polars would copy them once more
+    with file.getbuffer() as data:
+        check_stream(data)
+    return pl.read_ipc_stream(file)
 
 
 def _take_frame(frame: Any) -> list[Any]:
