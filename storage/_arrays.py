@@ -15,7 +15,7 @@ import numpy as np
 from ._kinds import Context, Kind, Raw, Unreadable, Unsupported
 
 
-def array_kind(value: object) -> Kind | None:
+def kind_of(value: object) -> Kind | None:
     """The kind that serves a numpy value, None for what is refused by its type."""
     if type(value) is np.ndarray:
         return NDARRAY
@@ -108,3 +108,4 @@ def _make_scalar(parts: Any, context: Context) -> Any:
 NDARRAY = Kind(40, "ndarray", _take_array, _make_array)
 SCALAR = Kind(41, "scalar", _take_scalar, _make_scalar)
 DTYPE = Kind(42, "dtype", _take_dtype, lambda parts, _: _make_dtype(parts))
+KINDS = (NDARRAY, SCALAR, DTYPE)

@@ -1,9 +1,9 @@
 """Values to msgpack and back, every type exactly: what would come back as another type is refused.
 
 Segment 0 is the tree, one msgpack value. Types that msgpack does not know are extension types, see `_kinds`,
-`_classes` and `_arrays`. Out of band, each in a segment of its own, lie
+`_classes` and `_libraries`. Out of band, each in a segment of its own, lie
 
-- buffers from 32 KiB on: bytes, bytearray, the data of arrays, text;
+- buffers from 32 KiB on: bytes, bytearray, the data of arrays and of columns, text;
 - lists and dicts whose encoding is longer than 64 KiB, as a row of msgpack values of about that size. One
   C call so packs or unpacks some 64 KiB, a fraction of a millisecond, before another thread may have the
   GIL; `packb` of a large list would keep the event loop waiting for 150 ms.
@@ -25,6 +25,7 @@ import msgpack
 from ._classes import DATACLASS, ENUM, NAMEDTUPLE, class_kind
 from ._errors import SerializationError, UnreadableValueError
 from ._kinds import BYTES, INT, KINDS, TEXT, Context, Kind, Raw, Unreadable, Unsupported, is_a
+from ._libraries import library_kind, library_kinds
 from ._storage import Buffer
 from ._weight import is_heavy as is_heavy
 
@@ -267,9 +268,8 @@ def find_kind(value: Any) -> Kind:
     Raises:
         Unsupported: There is none.
     """
-    if type(value).__module__.partition(".")[0] == "numpy" and (kind := _arrays().array_kind(value)):
-        found: Kind = kind
-        return found
+    if kind := library_kind(value):
+        return kind
     if kind := class_kind(type(value)):
         return kind
     raise is_a(value)
@@ -277,19 +277,9 @@ def find_kind(value: Any) -> Kind:
 
 def kind_of_code(code: int) -> Kind | None:
     """The kind with this extension type."""
-    if code in (40, 41, 42) and code not in _BY_CODE:
-        try:
-            numpy_kinds = _arrays()
-        except ImportError as error:
-            raise Unreadable("it holds numpy values, and numpy is not installed") from error
-        _BY_CODE.update({k.code: k for k in (numpy_kinds.NDARRAY, numpy_kinds.SCALAR, numpy_kinds.DTYPE)})
+    if code not in _BY_CODE:
+        _BY_CODE.update(library_kinds(code))
     return _BY_CODE.get(code)
-
-
-def _arrays() -> Any:
-    from . import _arrays as arrays  # numpy is optional, and slow to import
-
-    return arrays
 
 
 def _is_plain(values: Any) -> bool:

@@ -1,7 +1,7 @@
 """Values to readable JSON and back, every type exactly.
 
 What JSON knows is written as plain JSON. Anything else is an object with one key: `{"$tuple": [1, 2]}`,
-`{"$bytes": "aGk="}`, with the names and parts of `_kinds`, `_classes` and `_arrays`. A dict that JSON cannot
+`{"$bytes": "aGk="}`, with the names and parts of `_kinds`, `_classes` and `_libraries`. A dict that JSON cannot
 hold (keys that are no text) or that looks like such a tag is written as `{"$dict": [[key, value], …]}`.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 from ._codec import MAX_DEPTH, find_kind, kind_of_code
 from ._errors import SerializationError, UnreadableValueError
 from ._kinds import FLOAT, INT, KINDS, TEXT, Context, Kind, Raw, Unreadable, Unsupported
+from ._libraries import CODES
 from ._storage import Buffer
 
 _BATCH = 256
@@ -25,7 +26,7 @@ _LONGEST_INT = 2000  # bits; Python refuses to read or write long decimal number
 _WRITTEN_AS_IT_IS = frozenset({int, float, bool, type(None), str})
 _to_text: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _KINDS_BY_NAME = {kind.name: kind for kind in (INT, FLOAT, TEXT, *KINDS.values())}
-_CODES = {"enum": 32, "namedtuple": 33, "dataclass": 34, "ndarray": 40, "scalar": 41, "dtype": 42}
+_CODES = {"enum": 32, "namedtuple": 33, "dataclass": 34, **CODES}
 
 
 def dumps(value: Any) -> list[Buffer]:

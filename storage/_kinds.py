@@ -5,7 +5,7 @@ A *kind* serves one type, exactly that and no subclass, so that nothing ever com
 another kind. `take` returns *parts*, made of what the codec carries; `make` gets equal parts back.
 
 Kinds of the standard library's values are in the table here; those of user classes are in `_classes`, those
-of numpy in `_arrays`.
+of numpy, pandas, polars and pyarrow in the modules that `_libraries` names.
 """
 
 from __future__ import annotations

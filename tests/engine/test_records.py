@@ -15,6 +15,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 from onceflow.engine import INPUTS, Engine, Settings, State, flow, get_run_context, task
 from onceflow.engine import UnfinishedRunError as Unfinished
@@ -32,6 +36,7 @@ from onceflow.storage._envelope import PREFIX_SIZE, pack
 from onceflow.storage._serializers import CompressedSerializer, JsonSerializer, PickleSerializer, Serializer
 from onceflow.storage._storage import Data
 from stored_records import header_of, keys_in, names_in
+from stored_tables import same_arrow, same_pandas, same_polars
 
 
 @task(cache_policy=INPUTS)
@@ -520,6 +525,31 @@ async def test_pickle_is_refused_on_shared_storage(engine: Engine, caplog: pytes
     assert "ONCEFLOW_RESULTS_SIGNING_KEY" in warning
     assert "ONCEFLOW_RESULTS_ALLOW_PICKLE" in warning
     assert await shared([1]) == [1] == await shared([2])
+
+
+async def test_tables_need_no_pickle_on_shared_storage(caplog: pytest.LogCaptureFixture) -> None:
+    """R3, S7: an unsigned bucket takes frames and Arrow tables, and serves them exactly, large and small."""
+    rows = np.arange(20_000)
+    tables: list[tuple[Any, Callable[[Any, Any], bool]]] = [
+        (pd.DataFrame({"n": rows, "t": rows.astype(str), "o": [(1, None)] * len(rows)}), same_pandas),
+        (pd.Series([1.5, None], ["a", "b"], name="s"), same_pandas),
+        (pl.DataFrame({"n": rows, "t": rows.astype(str)}), same_polars),
+        (pa.table({"n": rows, "t": rows.astype(str)}).replace_schema_metadata({"k": "v"}), same_arrow),
+    ]
+    for number, (table, same) in enumerate(tables):
+
+        @task(cache_key_fn=lambda context, parameters, number=number: f"table-{number}")
+        async def make(table: Any = table) -> Any:
+            return table
+
+        bucket = Bucket()
+        async with Engine(storage=bucket):
+            assert same(await make(), table)
+        async with Engine(storage=bucket):  # that has no copy in memory
+            state = await make.run_to_state()
+            assert state.name == "Cached"
+            assert same(state.result(), table)
+    assert warnings_in(caplog) == []
 
 
 class Bomb:

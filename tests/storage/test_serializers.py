@@ -135,23 +135,17 @@ def test_refusals_say_what_and_where() -> None:
 
 @pytest.mark.parametrize("module", ["pandas", "polars", "pyarrow"])
 def test_tables_travel_as_buffers(module: str) -> None:
-    """S7: DataFrames, Series and Arrow tables come back equal, their columns out of band where pickle can."""
+    """S7: DataFrames and Arrow tables come back equal, their columns out of band and without pickle."""
     library = pytest.importorskip(module)
     columns = {"a": np.arange(50_000.0), "b": np.arange(50_000)}
     table = library.table(columns) if module == "pyarrow" else library.DataFrame(columns)
     encoded = serializer_by_name("default").encode([table])
-    assert encoded.serializer == "pickle"
+    assert encoded.serializer == "msgpack"
     back = decode(encoded.serializer, [bytes(segment) for segment in encoded.segments])[0]
     assert type(back) is type(table)
     assert back.equals(table)
-    if module != "polars":
-        assert len(encoded.segments) > 1
-        assert len(encoded.segments[0]) < 5000
-    if module == "pandas":
-        assert np.shares_memory(
-            np.frombuffer(encoded.segments[1], "u1"), table["a"].to_numpy()
-        ) or np.shares_memory(np.frombuffer(encoded.segments[2], "u1"), table["a"].to_numpy())
-        back.loc[0, "a"] = 7.0
+    assert len(encoded.segments) > 1
+    assert len(encoded.segments[0]) < 5000
 
 
 def test_pickle_is_read_without_a_copy() -> None:
