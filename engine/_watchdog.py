@@ -33,7 +33,8 @@ class Watchdog:
 
     Reports every block of 1.25 × `seconds` and more once, while it lasts, and how long it was when it is over.
     Costs the loop one callback each quarter of `seconds`. Code in C that keeps the GIL is reported right after
-    it ended, because no thread can look meanwhile.
+    it ended, because no thread can look meanwhile; not where the machine was too busy to let this one look before
+    the loop went on.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -60,17 +61,16 @@ class Watchdog:
             began, worked = time.monotonic(), _work_of(self._loop_thread)
             if self._stopped.wait(self._seconds / 4):
                 return
-            late = time.monotonic() - began - self._seconds / 4
-            # Kept from waking by the loop's thread itself: not by a machine that was busy, or a process that slept.
-            if late > self._seconds and _work_of(self._loop_thread) - worked > self._seconds:
-                _log(self._report(), "%s blocked the event loop for %.3g s in all.", late)
+            if self._was_kept(began + self._seconds / 4, worked):
                 continue
             answer.clear()
-            asked = time.monotonic()
+            asked, worked = time.monotonic(), _work_of(self._loop_thread)
             try:
                 self._loop.call_soon_threadsafe(answer.set)
             except RuntimeError:  # the loop is closed
                 return
+            if self._was_kept(asked, worked):  # to ask lets go of the GIL, too
+                continue
             if answer.wait(self._seconds):
                 continue
             run = self._report()
@@ -78,6 +78,17 @@ class Watchdog:
                 if self._stopped.is_set() or self._loop.is_closed():
                     return
             _log(run, "%s blocked the event loop for %.3g s in all.", time.monotonic() - asked)
+
+    def _was_kept(self, since: float, worked: float) -> bool:
+        """Say so if the loop's thread kept the GIL from this one for too long; what did it is still on the stack.
+
+        The thread's own work tells it from a machine that was busy, or a process that slept.
+        """
+        late = time.monotonic() - since
+        if late <= self._seconds or _work_of(self._loop_thread) - worked <= self._seconds:
+            return False
+        _log(self._report(), "%s blocked the event loop for %.3g s in all.", late)
+        return True
 
     def _report(self) -> TaskRun | FlowRun | None:
         """Say who blocks the loop, and where."""
