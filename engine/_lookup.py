@@ -9,10 +9,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 from ..storage import ObjectNotFoundError, Storage, storage_from_url
-from ..storage._data import new_buffer
 from ..storage._envelope import Header, check_payload, header_size, split, unpack_header
 from ..storage._errors import (
     ConditionFailedError,
@@ -228,13 +228,15 @@ class Lookup(Failures):
         """One segment, into the kind of buffer from which its value is made without a copy."""
         if end <= len(first.data):
             return memoryview(first.data)[start:end]
+        stored = await storage.fetch(header.key, start, end, if_version=first.version)
+        assert stored is not None
         if index in header.frozen:
-            stored = await storage.fetch(header.key, start, end, if_version=first.version)
-            assert stored is not None
             return bytes(stored.data)  # no copy where it is bytes already
-        segment = new_buffer(end - start)
-        await storage.fetch(header.key, start, end, if_version=first.version, into=segment)
-        return segment
+        # BytesIO lends out, to be written to, the very bytes that it was given, if nobody else has them. To read into
+        # a bytearray would fill it with zeros first, which held the interpreter for 2 s a GiB.
+        room = BytesIO(stored.data)
+        del stored
+        return room.getbuffer()
 
     async def _read_apart(self, place: Place, header: Header, key: str, version: str) -> Any:
         """The value at the location that the record names.

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from io import BytesIO
 
 from ._storage import Buffer
-
-_MAPPED = 1 << 20  # bytes from which on a mapping is cheaper than a bytearray
-_PRIVATE = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 
 
 def buffers_of(data: Buffer | Sequence[Buffer]) -> list[memoryview]:
@@ -38,24 +34,6 @@ def _flat(buffer: Buffer) -> memoryview:
     if not view.c_contiguous:
         raise TypeError("The memoryview's bytes do not lie in one row. Write its .tobytes().")
     return view.cast("B")
-
-
-def new_buffer(length: int) -> memoryview:
-    """Writable memory for so many bytes that are about to be read.
-
-    A large one is a mapping: a bytearray is filled with zeros first, which held the interpreter for 2 s a GiB.
-    In huge pages, where there are any, because to fault in pages of 4 KiB takes ten times as long as the reading
-    (18 MiB: 21 ms instead of 2.5). It is private: a forked child must not write into its parent's values.
-    """
-    if length < _MAPPED or not _PRIVATE:
-        return memoryview(bytearray(length))
-    mapping = mmap.mmap(-1, length, flags=_PRIVATE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them: slower, and no worse
-    return memoryview(mapping)
 
 
 def new_bytes(length: int) -> BytesIO:

@@ -65,7 +65,8 @@ class Hops:
         hop = _Hop(function, args, self._outbox(asyncio.get_running_loop()))
         self._send(hop)
         try:
-            return await hop.future
+            await hop.future
+            return hop.take()
         except asyncio.CancelledError:
             if not self._withdraw(hop):
                 if on_cancel is not None:
@@ -181,7 +182,7 @@ class _Hop(Generic[T]):
     ) -> None:
         self.function, self.args, self.outbox = function, args, outbox
         if outbox is not None:
-            self.future: asyncio.Future[T] = outbox.loop.create_future()
+            self.future: asyncio.Future[None] = outbox.loop.create_future()
         self.waiter: asyncio.Future[None] | None = None
         self.value: T | None = None
         self.error: BaseException | None = None
@@ -200,10 +201,15 @@ class _Hop(Generic[T]):
         if self.future.done():
             return  # cancelled
         if self.error is None:
-            self.future.set_result(self.value)  # type: ignore[arg-type]
+            self.future.set_result(None)
         else:
             self.future.set_exception(self.error)
             self.error = None  # it holds the frame that holds this hop
+
+    def take(self) -> T:
+        """The value, for the caller alone: the loop keeps a future, and so its result, until the caller's step ends."""
+        value, self.value = self.value, None
+        return value  # type: ignore[return-value]
 
     async def to_the_end(self) -> None:
         while not self.ended:

@@ -8,6 +8,7 @@ import logging
 import os
 import struct
 import threading
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -880,3 +881,27 @@ async def test_large_values_come_back(engine: Engine) -> None:
     assert (found["text"], found["list"]) == (big["text"], big["list"])
     assert found["array"].tobytes() == big["array"].tobytes()
     found["array"][0] = 7  # it is the caller's own
+
+
+@pytest.mark.parametrize("make", [lambda: bytes(8 << 20), lambda: np.zeros(1 << 20)])
+async def test_a_large_hit_takes_the_room_of_its_value(tmp_path: Path, make: Callable[[], Any]) -> None:
+    """B25: bytes and arrays are read without a second copy, and an array can be written to."""
+
+    @task(cache_policy=INPUTS)
+    async def large() -> Any:
+        return make()
+
+    named = large.with_options(cache_policy=None, cache_key_fn=lambda *_: "large")
+    async with Engine(storage=tmp_path):
+        await named()
+    async with Engine(storage=LocalStorage(tmp_path)):
+        tracemalloc.start()
+        try:
+            value = await named()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 1.5 * (8 << 20)
+    if not isinstance(value, bytes):
+        value[0] = 1.0
+        assert value[0] == 1.0
