@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..locking import LockTimeoutError
 from ..locking._clock import now
+from ..locking._pace import Pace
 from ..locking._telling import Telling
 from ..storage import ObjectNotFoundError, RecordError
 from ..storage._envelope import unpack_header
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ._committing import Call
     from ._flights import Flight, Patience
 
-SHORTEST, LONGEST = 0.05, 2.0
-"""Seconds between two looks of a waiter: decorrelated jitter (M. Brooker, "Exponential Backoff And Jitter")."""
 MARGIN, GRACE = 1.1, 0.2
 """A claim counts as abandoned after so many times its lease, and so many seconds more."""
 LARGEST = FIRST
@@ -63,7 +61,7 @@ async def claim(
     await storage.ensure_conditional()
     mine = Claim(flight, storage, holder_name(run), run.name, lease, run.engine.records.signing_keys)
     view = _seen(miss)
-    since, pause, telling = now(), SHORTEST, Telling(now())
+    since, pace, telling = now(), Pace(), Telling(now())
     while True:
         if view is not None and (left := view.left(since)) > 0:
             run.begin_waiting()
@@ -71,7 +69,7 @@ async def claim(
                 assert patience.seconds is not None
                 raise LockTimeoutError(key, run.name, storage.url, patience.seconds, view.holder)
             telling.tell(now(), run.name, key, storage.url, view.holder)
-            pause = min(LONGEST, random.uniform(SHORTEST, pause * 3))
+            pause = pace.next()
             await asyncio.sleep(min(pause, left, patience.left or pause))
         elif view is not None:
             if await mine.take(view.version, view.before, view.generation):
@@ -83,6 +81,8 @@ async def claim(
         view = found
         if seen is None or seen.version != view.version:
             since = now()
+            if seen is None or seen.generation != view.generation:
+                pace.restart()
 
 
 def _seen(miss: Miss) -> _View | None:

@@ -12,7 +12,6 @@ After Litestream's S3 leaser, without its expiry time in the object: that trusts
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 import uuid
 from typing import Any, NamedTuple
@@ -30,14 +29,12 @@ from ..storage import (
 )
 from ._claim import Busy, Claim, checked_lease, patience
 from ._errors import LockAccessError, LockConfigurationError, LockUnavailableError
+from ._pace import Pace
 from ._queued import QueuedLockManager
 
 DEFAULT_LEASE = 30.0
 PREFIX = ".locks/"
 _FORMAT = 1
-_SHORTEST, _LONGEST = 0.05, 2.0
-"""Seconds between two looks of a waiter: decorrelated jitter (M. Brooker, "Exponential Backoff And Jitter")."""
-
 _RACES = 3
 """How often somebody may be faster until the next try waits as for a held key. Many who want a key that is held for
 less time than a request takes would go on losing, and take the store for out of reach when their deadline came."""
@@ -57,7 +54,7 @@ class StorageLockManager(QueuedLockManager):
     microseconds, and always up from the last one in the object.
 
     Requests: acquire 1 read + 1 write, release 1 write, renewal 1 write every third of the lease; of waiters
-    one looks for each key and process, every 50 ms at first, at least every 2 s (some 40 reads a minute). The
+    one looks for each key and process, after 50 ms at first, at least every 2 s (37 reads a minute at most). The
     first use of a storage may probe whether it honours conditions.
 
     Objects of free keys stay, some 80 bytes each, and carry the tokens on; they may be deleted when nobody
@@ -101,7 +98,7 @@ class StorageLockManager(QueuedLockManager):
         return busy
 
     async def _taken(self, claim: Claim) -> Busy | None:
-        pause, began, lost = _SHORTEST, self._clock(), 0
+        pace, began, lost = Pace(1.0), self._clock(), 0
         while True:
             try:
                 found = await self._read(claim.key)
@@ -121,10 +118,10 @@ class StorageLockManager(QueuedLockManager):
             except ConditionFailedError:
                 lost += 1  # somebody was faster, or it was this very claim: read what is there now
             except StorageUnavailableError:
+                pause = pace.next()
                 if self._clock() + pause > began + patience(self.lease_seconds):
                     raise
-                await asyncio.sleep(random.uniform(pause / 2, pause))
-                pause = min(2 * pause, 1.0)
+                await asyncio.sleep(pause)
 
     async def _renew(self, claim: Claim) -> bool:
         body = _pack(True, claim.token, claim.nonce, self._lease_of_claim(claim), claim.holder)
@@ -186,6 +183,8 @@ class StorageLockManager(QueuedLockManager):
             assert seen is not None
             return seen
         found = _Seen(key, stored.version, self._clock(), _unpack(bytes(stored.data), self.lease_seconds))
+        if seen is not None and seen.lock.token == found.lock.token:
+            found.pace = seen.pace  # a renewal: the same holder still
         if key in self._room.places:  # else nobody would ever forget it
             self._seen[key] = found
         return found
@@ -194,9 +193,8 @@ class StorageLockManager(QueuedLockManager):
         return self._clock() - seen.since >= seen.lock.lease * _MARGIN + _GRACE
 
     def _busy(self, seen: _Seen) -> Busy:
-        seen.pause = min(_LONGEST, random.uniform(_SHORTEST, 3 * seen.pause))
         left = seen.since + seen.lock.lease * _MARGIN + _GRACE - self._clock()
-        return Busy(seen.lock.holder, max(0.001, min(seen.pause, left)))
+        return Busy(seen.lock.holder, max(0.001, min(seen.pace.next(), left)))
 
     async def _write(self, key: str, body: bytes, found: _Seen | None) -> str:
         if found is None:
@@ -246,11 +244,11 @@ class _Lock(NamedTuple):
 class _Seen:
     """A version of a lock's object, and since when it is known here."""
 
-    __slots__ = ("key", "lock", "pause", "since", "version")
+    __slots__ = ("key", "lock", "pace", "since", "version")
 
     def __init__(self, key: str, version: str, since: float, lock: _Lock) -> None:
         self.key, self.version, self.since, self.lock = key, version, since, lock
-        self.pause = _SHORTEST
+        self.pace = Pace()
 
 
 def _pack(held: bool, token: int, nonce: str, lease: float, holder: str) -> bytes:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,14 +125,14 @@ async def test_requests_of_a_failure(engine: Engine, storage: Watched) -> None:
 
 
 async def test_requests_of_a_wait(engine: Engine, storage: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """22: however many wait for another process's claim, one of them looks, less and less often; the end costs one."""
+    """22: however many wait for another process's claim, one of them looks, less and less often, renewals or not."""
     go, inside = asyncio.Event(), asyncio.Event()
     pauses: list[float] = []
     sleep = asyncio.sleep
 
     async def noted(seconds: float) -> None:
         pauses.append(seconds)
-        await sleep(min(seconds, 0.01))
+        await sleep(min(seconds, 0.03))
 
     @task(cache_policy=SERIAL)
     async def gated(x: int) -> int:
@@ -140,7 +141,7 @@ async def test_requests_of_a_wait(engine: Engine, storage: Watched, monkeypatch:
         return x
 
     async def elsewhere() -> int:
-        async with Engine(storage, StorageLockManager(storage)):
+        async with Engine(storage, StorageLockManager(storage, lease_seconds=0.3)):
             return await gated(1)
 
     other = asyncio.create_task(elsewhere())
@@ -152,10 +153,41 @@ async def test_requests_of_a_wait(engine: Engine, storage: Watched, monkeypatch:
     looks = storage.asked()
     go.set()
     assert [*await asyncio.gather(other, *waiters)] == [1] * 201
-    assert looks.keys() == {"GET"}
     assert looks["GET"] <= len(pauses) + 3
-    assert all(claiming.SHORTEST <= pause <= claiming.LONGEST for pause in pauses)
-    assert max(pauses) > 0.2
+    assert looks["PUT"] >= 2  # renewals, all this while: they are no reason to look more often
+    assert all(after >= min(1.8 * before, 0.3) for before, after in pairwise(pauses))
+
+
+async def test_a_wait_for_one_after_the_other(
+    engine: Engine, storage: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has waited long for one holder looks as often for the next one as if it had just come."""
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0.001)
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        return x
+
+    key = str(await one.cache_key(1))
+    first, second = (
+        Claim(Flight((storage.url, key), None), storage, name, name, 30.0, ()) for name in ("first", "second")
+    )
+    assert await first.take("", b"", 0)
+    monkeypatch.setattr(claiming, "asyncio", SimpleNamespace(sleep=noted))
+    waiter = asyncio.create_task(one(1))
+    await until(lambda: bool(pauses) and pauses[-1] > 1)
+    assert await second.take(first.version, b"", first.token)
+    looked = len(pauses)
+    await until(lambda: len(pauses) > looked + 2)
+    assert min(pauses[looked : looked + 2]) < 0.2
+    await second.release()
+    assert await waiter == 1
+    await first.release()
 
 
 # --- a claim by itself
