@@ -8,17 +8,19 @@ import os
 import random
 import signal
 from asyncio.subprocess import Process
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 from onceflow.engine import INPUTS, Settings, task
 from onceflow.locking import LockTimeoutError
 from processes import line, python
 from redis_servers import RedisServer
+from s3_servers import s3_server
 from serial_ways import WAYS, Side, Way
 from until import until
 
@@ -41,9 +43,14 @@ def way(request: pytest.FixtureRequest, tmp_path: Path) -> Way:
     return WAYS[request.param](request, tmp_path)
 
 
+ran: list[str] = []
+"""The keys of the executions in this process."""
+
+
 @task(cache_policy=SERIAL)
 async def held(key: str) -> int:
     """The same key as the worker's task of this name."""
+    ran.append(key)
     return os.getpid()
 
 
@@ -139,6 +146,60 @@ async def test_commands_while_many_wait(tmp_path: Path) -> None:
         await asyncio.to_thread(server.kill)
 
 
+async def _wait_for_a_bucket(way: Way, seconds: float, most: int) -> None:
+    """So long 250 runs in each of 4 processes wait for a key of a bucket, with so many requests of each at most."""
+    server, go, inside = s3_server(), asyncio.Event(), asyncio.Event()
+
+    @task(cache_policy=SERIAL)
+    async def gated(key: str) -> int:
+        inside.set()
+        await go.wait()
+        return -1
+
+    async with (
+        FaultProxy(server.endpoint_url).running() as proxy,
+        Side(way),
+        AsyncExitStack() as stack,
+    ):
+        holder = asyncio.create_task(gated("key"))
+        await inside.wait()
+        seen = way._replace(
+            storage=way.storage.replace(server.endpoint_url, proxy.url),
+            locks=way.locks.replace(server.endpoint_url, proxy.url),
+        )
+        workers = [await stack.enter_async_context(worker(seen, "many", "key", 250)) for _ in range(4)]
+        for each in workers:
+            assert await line(each) == ["waiting"]
+        key = str(await gated.cache_key("key"))
+
+        def sent() -> Counter[str]:
+            return Counter(request.method for request in proxy.seen if key in request.path)
+
+        await until(lambda: sent()["GET"] >= 2 * 4)
+        proxy.reset_counts()
+        await asyncio.sleep(seconds)
+        looks = sent()
+        go.set()
+        assert await holder == -1
+        for each in workers:
+            assert await line(each) == ["-1"]
+    assert looks.keys() <= {"GET"}
+    assert looks["GET"] <= 4 * most
+
+
+@pytest.mark.parametrize("way", ["claims_s3"], indirect=True)
+async def test_requests_while_many_wait(way: Way) -> None:
+    """22: while 1 000 runs in 4 processes wait for a key of a bucket, each process looks a few times, and only that."""
+    await _wait_for_a_bucket(way, 1.0, 5)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("way", ["claims_s3"], indirect=True)
+async def test_requests_of_a_minute(way: Way) -> None:
+    """22: a minute in which 1 000 runs in 4 processes wait for a key of a bucket costs under 40 GETs a process."""
+    await _wait_for_a_bucket(way, 60.0, 39)
+
+
 # --- the dead, and those who sleep
 
 
@@ -219,10 +280,14 @@ async def test_fork(way: Way) -> None:
 
 
 async def _struggle(way: Way, seed: int, rounds: int) -> None:
-    """Holders are killed and paused at random moments; whoever waits goes on, and one value is published."""
+    """Holders are killed and paused at random moments; whoever waits goes on, and one value is published.
+
+    Every execution is accounted for: the holder's, and one more where it was killed, or paused for too long.
+    """
     chosen = random.Random(seed)
     for number in range(rounds):
         key = f"{seed}-{number}"
+        ran.clear()
         async with AsyncExitStack() as stack:
             holder = await stack.enter_async_context(worker(way, "hold", key, lease=LEASE))
             assert await line(holder) == ["in"]
@@ -246,6 +311,9 @@ async def _struggle(way: Way, seed: int, rounds: int) -> None:
             published = await held(key)
             assert published == values[0]
             assert killed or published == int(value)
+            more = len(ran)
+            assert more == (published == os.getpid())
+            assert more == 1 if killed else way.leased or more == 0
             assert await fresh.is_free(str(await held.cache_key(key)))
 
 

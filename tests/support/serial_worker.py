@@ -5,6 +5,8 @@ contend LOG PROCESSES KEYS CALLS SEED  forks; every process calls every key so o
 hold KEY                               calls one key; its body prints `in`, waits for a line, and returns its pid;
                                        then prints `out` and what the call returned
 many KEY CALLS                         calls one key so often at once; prints `waiting`, then what they returned
+storm LOG KEYS SEED                    calls every key, five at a time, in an order of its own, again where
+                                       there was no answer; LOG as above, with a line for each value
 forks                                  calls a key, forks while its body runs, and prints what the child was told
 """
 
@@ -14,11 +16,14 @@ import asyncio
 import os
 import random
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
 import pytest
 from onceflow.engine import INPUTS, ConfigurationError, Engine, task
+from onceflow.locking import LockUnavailableError
+from onceflow.storage import StorageUnavailableError
 from until import until
 
 POLICY = (INPUTS - "number" - "chosen").configure(isolation_level="SERIALIZABLE")
@@ -108,6 +113,35 @@ async def many(engine: Engine, key: str, calls: str) -> None:
         print(*set(await asyncio.gather(*waiting)), flush=True)
 
 
+@task(cache_policy=POLICY, name="stormy")
+async def stormy(key: int) -> str:
+    """Long enough to be killed in."""
+    write("enter", os.getpid(), key)
+    await asyncio.sleep(random.uniform(0.1, 1))
+    write("done", os.getpid(), key)
+    return f"{os.getpid()}-{time.monotonic_ns()}"
+
+
+async def storm(engine: Engine, keys: int, seed: str) -> None:
+    order = list(range(keys))
+    random.Random(seed).shuffle(order)
+    some = asyncio.Semaphore(5)
+
+    async def one(key: int) -> None:
+        async with some:
+            while True:
+                try:
+                    value = await stormy(key)
+                except (StorageUnavailableError, LockUnavailableError) as error:
+                    write("unavailable", os.getpid(), key, type(error).__name__)
+                else:
+                    return write("value", os.getpid(), key, value)
+
+    async with engine, asyncio.TaskGroup() as group:
+        for key in order:
+            group.create_task(one(key))
+
+
 @task(cache_policy=POLICY)
 async def forking(key: str) -> str:
     pid = os.fork()
@@ -149,6 +183,9 @@ def main(storage: str, locks: str, command: str, *arguments: str) -> None:
             asyncio.run(contend(Engine(storage), int(keys), int(calls), f"{seed}-{index}"))
 
         in_children(int(processes), work)
+    elif command == "storm":
+        _log, keys, seed = arguments
+        asyncio.run(storm(Engine(storage), int(keys), seed))
     elif command == "hold":
         asyncio.run(hold(Engine(storage), *arguments))
     elif command == "many":
