@@ -10,13 +10,12 @@ steps of milliseconds, in which an inode can be freed and given out again: a ver
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
 
-from ._files import version_of
-from ._folders import check_version, exists, locked, make_folder, sync
+from ._files import Mismatch, version_of
+from ._folders import locked, make_folder, name_if_free, sync
 from ._nonces import nonce
 
 DRAFT = ".tmp-"
@@ -28,7 +27,6 @@ PIECE = 16 * 1024 * 1024
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 _VECTORS = 512  # buffers for one writev; the least that systems promise is 16, Linux and macOS take 1024
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class Unwanted(Exception):
@@ -95,16 +93,26 @@ class Draft:
         version = version_of(os.stat(self.path))
         if self.unwanted:
             raise Unwanted
-        if not (if_absent and self._link(target)):
-            with locked(self.folder):
-                if if_absent and exists(target):
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-                if if_version is not None:
-                    check_version(target, if_version)
-                os.replace(self.path, target)
+        if if_absent:
+            name_if_free(self.path, target)
+        else:
+            self._replace(target, if_version)
         if self.durable:
             sync(self.folder)
         return version
+
+    def _replace(self, target: str, if_version: str | None) -> None:
+        while True:
+            with locked(target) as found:
+                if if_version is not None and (found is None or version_of(found) != if_version):
+                    raise Mismatch
+                if found is not None:
+                    os.replace(self.path, target)
+                    return None
+            try:
+                return name_if_free(self.path, target)
+            except FileExistsError:
+                pass  # somebody has been faster: replace what he wrote
 
     def discard(self) -> None:
         """Remove the draft if it is there. What cannot be removed now is swept later."""
@@ -112,17 +120,6 @@ class Draft:
             os.unlink(self.path)
         except OSError:
             pass
-
-    def _link(self, target: str) -> bool:
-        """Only-if-absent by the kernel, without a lock; False where the file system knows no hard links."""
-        try:
-            os.link(self.path, target)
-        except OSError as error:
-            if error.errno in _NO_LINKS:
-                return False
-            raise
-        self.discard()
-        return True
 
 
 def sweep(folder: str) -> None:

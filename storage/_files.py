@@ -22,7 +22,7 @@ _PIECE = 16 * 1024 * 1024
 _WHOLE = 1 << 30  # bytes that one system call may bring, while nobody else can use the thread
 
 # A symbolic link must not lead outside, and a pipe must not hold its opener up.
-_READ = (
+OPEN = (
     os.O_RDONLY
     | getattr(os, "O_CLOEXEC", 0)
     | getattr(os, "O_NOFOLLOW", 0)
@@ -56,7 +56,7 @@ def can_read_inline() -> bool:
 
 def look(path: str) -> os.stat_result:
     """The file's stat, by a descriptor, so that a link is not followed: 5 µs, and nothing is read of it."""
-    fd = os.open(path, _READ)
+    fd = os.open(path, OPEN)
     try:
         info = os.fstat(fd)
     finally:
@@ -82,7 +82,7 @@ def read(
         OSError: With ENOTSUP where the file system cannot promise not to wait, and for all the usual reasons.
         Mismatch: `if_version` is another.
     """
-    fd = os.open(path, _READ)
+    fd = os.open(path, OPEN)
     try:
         info = os.fstat(fd)
         check_file(info)

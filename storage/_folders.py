@@ -1,4 +1,4 @@
-"""A folder of objects: made, locked, synced, and one of its files removed. Synchronous, for thread hops."""
+"""A folder of objects: made and synced, names given, locked and removed. Synchronous, for thread hops."""
 
 from __future__ import annotations
 
@@ -8,69 +8,115 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ._files import Mismatch, version_of
+from ._files import OPEN, Mismatch, version_of
 
 if sys.platform != "win32":
     import fcntl
 
 SUPPORTED = sys.platform != "win32"  # LocalStorage says so when it is made
 
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
-def remove(folder: str, target: str, if_version: str | None, durable: bool) -> bool:
+
+# What cannot be opened for reading has no version that a condition could have seen: a link, a socket, another user's.
+_UNSEEN = {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EACCES}
+
+
+def remove(target: str, if_version: str | None, durable: bool) -> bool:
     """Delete an object, if it is this version; whether there was one.
 
     Raises:
         Mismatch: `if_version` is another. Nothing is removed.
     """
-    if not exists(target):
-        return False  # and the folder, which would be locked, may be missing as well
-    with locked(folder):
-        if not exists(target):
+    with locked(target) as found:
+        if found is None:
             return False
-        if if_version is not None:
-            check_version(target, if_version)
+        if if_version is not None and version_of(found) != if_version:
+            raise Mismatch
         os.unlink(target)
     if durable:
-        sync(folder)
+        sync(os.path.dirname(target))
     return True
-
-
-def exists(path: str) -> bool:
-    """Whether something has this name; not os.path.lexists, to which every error means no."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def check_version(path: str, expected: str) -> None:
-    """Raises Mismatch unless this version is there."""
-    try:
-        if version_of(os.stat(path, follow_symlinks=False)) == expected:
-            return
-    except FileNotFoundError:
-        pass
-    raise Mismatch
 
 
 @contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Hold the folder against other replacements and removals, in this process and others: some 10 µs.
+def locked(target: str) -> Iterator[os.stat_result | None]:
+    """Hold what has this name against replacement and removal, in this process and others: some 10 µs.
+
+    Yields its stat; None where nothing has the name, and then nothing is held.
 
     Comparing a version and renaming are two system calls. Whatever could come between them takes the lock:
     also an unconditional write, which would otherwise be overwritten, unseen, by a conditional one that has
-    just found the old version. Only-if-absent needs none: it changes nothing that a condition has seen.
+    just found the old version. What is created by a link needs none: it changes nothing that a condition has seen.
 
-    The lock is that of the folder's own descriptor, opened for this one use: nothing lies around, the kernel
-    frees it when the holder is killed, and threads exclude each other like processes. It is given back in
-    words, for a child forked meanwhile has a copy of the descriptor, and closing ours would not end it.
+    The lock is that of the object's own file. Who replaces it must hold the file that has the name now, so who has
+    waited looks whether it still has. A lock for the whole folder would do as well until many write: each system
+    call gives the interpreter away, and a thread that waits 5 ms for it, or a paused process, would hold up all.
+
+    The descriptor is opened for this one use: nothing lies around, the kernel frees the lock when the holder is
+    killed, and threads exclude each other like processes. It is given back in words, for a child forked meanwhile
+    has a copy of the descriptor, and closing ours would not end it.
     """
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    while True:
+        try:
+            fd = os.open(target, OPEN)
+        except FileNotFoundError:
+            yield None
+            return
+        except OSError as error:
+            if error.errno not in _UNSEEN:
+                raise
+            yield os.lstat(target)
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                found = os.fstat(fd)
+                if _has_name(found, target):
+                    yield found
+                    return
+            finally:
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        finally:
+            os.close(fd)
+
+
+def _has_name(file: os.stat_result, path: str) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), file)
+    except FileNotFoundError:
+        return False
+
+
+def name_if_free(path: str, target: str) -> None:
+    """Give a file its name, in one step with finding that the name is free.
+
+    By a hard link; where the file system knows none, by a lock of the folder, which all who come this way take.
+
+    Raises:
+        FileExistsError: It is taken. The file keeps the name that it had.
+    """
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    else:
+        try:
+            os.unlink(path)
+        except OSError:
+            pass  # swept later, as what a killed writer leaves
+        return
+    fd = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         try:
-            yield
+            try:
+                os.lstat(target)
+            except FileNotFoundError:
+                os.rename(path, target)
+            else:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)
     finally:

@@ -186,7 +186,7 @@ class LocalStorage(Storage):
         """See `Storage.delete`. One hop."""
         target = self._file(key)
         try:
-            return await self._hops.run(remove, self.path, target, if_version, self._durable)
+            return await self._hops.run(remove, target, if_version, self._durable)
         except (OSError, files.Mismatch) as error:
             raise self._translated(error, "delete", key, if_version) from error
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -19,12 +21,14 @@ import pytest
 import storage_worker
 from onceflow.storage import (
     LocalStorage,
+    ObjectExistsError,
     ObjectNotFoundError,
     StorageAccessError,
     StorageConfigurationError,
     StorageError,
     StorageFullError,
     StorageUnavailableError,
+    VersionMismatchError,
 )
 from onceflow.storage import _files as files
 from onceflow.storage._drafts import DRAFT, PIECE
@@ -164,6 +168,98 @@ async def test_a_folder_or_a_pipe_in_the_way(local: LocalStorage) -> None:
             await local.read(name)
     with pytest.raises(StorageAccessError, match=r"'folder'.*no regular file"):
         await local.write("folder", b"")
+    assert await asyncio.to_thread(drafts, folder(local)) == []
+
+
+@contextlib.asynccontextmanager
+async def held(file: Path) -> AsyncIterator[None]:
+    """As another process holds an object that it replaces; it may be paused right then."""
+    fd = await asyncio.to_thread(os.open, file, os.O_RDONLY)
+    await asyncio.to_thread(fcntl.flock, fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+async def test_one_object_holds_up_no_other(local: LocalStorage) -> None:
+    """While somebody is paused in the midst of replacing one object, the others are written and deleted."""
+    await local.write("held", b"old")
+    version = await local.write("other", b"old")
+    async with held(folder(local) / "held"):
+        blocked = asyncio.create_task(local.write("held", b"new"))
+        for _ in range(20):
+            version = await local.write("other", b"new", if_version=version)
+        assert await local.delete("other", if_version=version)
+        assert not blocked.done()
+        assert await local.read("held") == b"old"
+    await blocked
+    assert await local.read("held") == b"new"
+
+
+async def test_waiting_for_an_object_that_is_replaced(local: LocalStorage) -> None:
+    """Who has waited for an object finds the one that took its place, and no condition holds any more."""
+    file = folder(local) / "key"
+    version = await local.write("key", b"old")
+    async with held(file):
+        conditional = asyncio.create_task(local.write("key", b"conditional", if_version=version))
+        deleting = asyncio.create_task(local.delete("key", if_version=version))
+        await asyncio.sleep(0.05)
+        assert not conditional.done()
+        assert not deleting.done()
+        await asyncio.to_thread((folder(local) / "draft").write_bytes, b"theirs")
+        await asyncio.to_thread(os.replace, folder(local) / "draft", file)
+    for attempt in (conditional, deleting):
+        with pytest.raises(VersionMismatchError):
+            await attempt
+    assert await local.read("key") == b"theirs"
+    async with held(file):
+        unconditional = asyncio.create_task(local.write("key", b"mine"))
+        await asyncio.sleep(0.05)
+        assert not unconditional.done()
+        await asyncio.to_thread(os.unlink, file)
+    await unconditional
+    assert await local.read("key") == b"mine"
+
+
+async def test_nothing_is_overwritten_unseen(local: LocalStorage) -> None:
+    """A write without a condition stands, whatever conditional writes and deletes came at the same time."""
+    async with LocalStorage(local.path) as other:
+        for number in range(300):
+            key = f"{number}"
+            version = await local.write(key, b"old")
+            await asyncio.gather(
+                local.write(key, b"conditional", if_version=version),
+                other.write(key, b"unconditional"),
+                local.delete(key, if_version=version),
+                return_exceptions=True,
+            )
+            assert await local.read(key) == b"unconditional"
+
+
+async def test_without_hard_links(local: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without hard links, too, one of many creators wins, and conditions hold."""
+
+    def refused(*names: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    async with LocalStorage(local.path) as other:
+        outcomes = await asyncio.gather(
+            *(
+                (local, other)[number % 2].write("key", b"%d" % number, if_absent=True)
+                for number in range(16)
+            ),
+            return_exceptions=True,
+        )
+        assert sum(isinstance(outcome, ObjectExistsError) for outcome in outcomes) == 15
+        version = await local.write("key", b"unconditional")
+        await other.write("key", b"conditional", if_version=version)
+        with pytest.raises(VersionMismatchError):
+            await local.write("key", b"late", if_version=version)
+        await local.write("another", b"unconditional")
+    assert await local.read("key") == b"conditional"
+    assert await local.read("another") == b"unconditional"
     assert await asyncio.to_thread(drafts, folder(local)) == []
 
 
