@@ -113,19 +113,19 @@ async def _look(call: Call, seen: _View | None) -> _View | Hit | None:
         header, offset = unpack_header(stored.data, signing_keys=records.signing_keys)
     except RecordError:
         return _whole(stored, 0)
-    if header.kind == "claim":
-        before = bytes(memoryview(stored.data)[offset:])
-        lease, holder = float(header.extra.get("lease", 30.0)), str(header.extra.get("holder"))
-        return _View(stored.version, before, header.token or 0, lease, holder)
     if header.kind == "free":
         return _View(stored.version, b"", header.token or 0)
     if header.kind == "intent":
         await records.wait_for_outcome(call.where)
         return await _look(call, None)
-    if not call.refresh:
+    before = bytes(memoryview(stored.data)[offset:]) if header.kind == "claim" else b"itself"
+    if before and not call.refresh:
         found = await records.lookup(call.place, key, begun=stored)
         if isinstance(found, Hit):
-            return found
+            return found  # also what a refresh will replace, which its holder may never do
+    if header.kind == "claim":
+        lease, holder = float(header.extra.get("lease", 30.0)), str(header.extra.get("holder"))
+        return _View(stored.version, before, header.token or 0, lease, holder)
     return _whole(stored, header.token or 0)
 
 

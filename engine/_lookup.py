@@ -102,7 +102,7 @@ class Lookup(Failures):
         except Exception as error:  # a storage of the user's own may raise anything
             self._warn(place.records, key, error)
             # To write it if it is absent is worth a try: where that is wrong, the commit finds out.
-            return Miss("record unreadable", None, ANY if exclusive else ABSENT)
+            return Miss("record unreadable", None, ABSENT)
 
     async def _read(
         self, place: Place, key: str, exclusive: bool, stored: Stored | None = None
