@@ -84,8 +84,8 @@ class QueuedLockManager(LeasingLockManager):
             lease = self._current(place)
             if lease is None:
                 return True, math.inf, None
-            # The holder's own loop ends a hold_timeout, and the first waiter's too: the other may stand still.
-            left = lease._hold_until - self._clock()
+            # The holder's own loop ends a lease, and the first waiter's too: the other may stand still, or be gone.
+            left = lease._ends - self._clock()
             return False, ticket.loop.time() + left, Busy(lease.holder, left)
 
     async def _attempt(
@@ -219,7 +219,7 @@ class QueuedLockManager(LeasingLockManager):
             if not place.watchers.leads(ticket):
                 return math.inf  # another one looks, or this one was served just now
         if lease is not None:
-            return ticket.loop.time() + lease._hold_until - self._clock()
+            return ticket.loop.time() + lease._ends - self._clock()
         busy = await self._look(key)
         if busy is not None and wait and await self._watch(key):
             busy = await self._look(key)
