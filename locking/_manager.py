@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
-from ._errors import LockNotHeldError, LockTimeoutError, LockUnavailableError
+from ._errors import LockError, LockNotHeldError, LockTimeoutError
 from ._lease import Lease
 
 logger = logging.getLogger("onceflow.locking")
@@ -173,7 +173,7 @@ class Locked:
         if lease._users == 0:
             try:
                 await lease.release()
-            except LockUnavailableError as error:
+            except LockError as error:
                 # What the block did is done; its result or its own error matters more than this.
                 logger.warning("%s The key is free when its lease ends.", error)
 

@@ -12,7 +12,7 @@ from ._claim import Busy, Claim, check
 from ._errors import LockError, LockNotHeldError, LockUnavailableError
 from ._lease import Lease
 from ._leasing import LeasingLockManager
-from ._owned import see_through, start
+from ._owned import start
 from ._room import Place, Ticket
 from ._telling import Telling
 
@@ -100,7 +100,7 @@ class QueuedLockManager(LeasingLockManager):
             if busy is None:
                 self._grant(place, claim)
             return busy
-        ended = await see_through(self._take(claim))
+        ended = await self._ask(claim)
         if ended.error is None and ended.value is None:
             self._grant(place, claim)
         elif ended.error is not None and (ended.cancelled or not isinstance(ended.error, Exception)):
