@@ -75,7 +75,12 @@ _KNOWN = (
         LockAccessError,
         "Check the rights of the socket and the files in the URL.",
     ),
-    (r"Protocol Error", False, LockUnavailableError, "No Redis server answers there: check host and port."),
+    (
+        r"(?i)protocol error",
+        False,
+        LockUnavailableError,
+        "No Redis server answers there: check host and port.",
+    ),
 )
 _KNOWN_TLS = (
     (r"certificate|CERTIFICATE|No such file", False, LockConfigurationError, _CERTIFICATE),

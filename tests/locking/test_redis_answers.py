@@ -233,9 +233,30 @@ async def test_a_server_that_is_busy(own_redis: RedisServer) -> None:
         await writer.wait_closed()
 
 
-async def test_a_cluster() -> None:
+async def test_a_server_that_reads_its_data(tmp_path: Path) -> None:
+    """A server that was started and reads what it had saved is waited for: nothing fails, no key is lost."""
+    slowly = ("--key-load-delay", "200", "--loading-process-events-interval-bytes", "1024")
+    server = await asyncio.to_thread(RedisServer, None, None, ("--dir", str(tmp_path), *slowly))
+    try:
+        async with RedisLockManager(server.url) as manager, RedisLockManager(server.url) as other:
+            lease = await manager.acquire("key", "me")
+            assert lease is not None
+            fill = "for n = 1, 2000 do redis.call('SET', 'x' .. n, string.rep('y', 100)) end"
+            await ask(server, f'EVAL "{fill}" 0', "SAVE")
+            await asyncio.to_thread(server.restart)
+            assert (await asyncio.to_thread(server.ask, b"PING")).startswith(b"-LOADING")
+            async with asyncio.timeout(5):
+                assert await manager.acquire("key", "you", timeout=0) is None
+                assert await other.is_held_by("key", "me")
+                await lease.release()
+    finally:
+        await asyncio.to_thread(server.kill)
+
+
+async def test_a_cluster(tmp_path: Path) -> None:
     """A server of a cluster is refused by a word that says so."""
-    server = await asyncio.to_thread(RedisServer, None, None, ("--cluster-enabled", "yes", "--dir", "/tmp"))
+    options = ("--cluster-enabled", "yes", "--dir", str(tmp_path))
+    server = await asyncio.to_thread(RedisServer, None, None, options)
     try:
         async with RedisLockManager(server.url) as manager:
             await refused(manager, LockConfigurationError, "Cluster is not supported", seconds=2)

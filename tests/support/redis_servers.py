@@ -57,7 +57,7 @@ class RedisServer:
         while True:
             try:
                 reply = self.ask(b"PING")
-                if reply.startswith((b"+PONG", b"-NOAUTH")):
+                if reply.startswith((b"+PONG", b"-NOAUTH", b"-LOADING")):
                     return
             except OSError:
                 pass
