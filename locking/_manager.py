@@ -6,11 +6,11 @@ import asyncio
 import logging
 import os
 import socket
-import uuid
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
+from ..storage._nonces import nonce
 from ._errors import LockError, LockNotHeldError, LockTimeoutError
 from ._lease import Lease
 
@@ -180,4 +180,4 @@ class Locked:
 
 def new_holder() -> str:
     """A holder that nobody else is."""
-    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
+    return f"{socket.gethostname()}:{os.getpid()}:{nonce(32)}"
