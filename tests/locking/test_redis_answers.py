@@ -21,7 +21,7 @@ from onceflow.locking import (
     RedisLockManager,
     lock_manager_from_url,
 )
-from redis_servers import RedisServer
+from redis_servers import RedisServer, free_port
 
 
 async def ask(server: RedisServer, *commands: str) -> None:
@@ -255,7 +255,8 @@ async def test_a_server_that_reads_its_data(tmp_path: Path) -> None:
 
 async def test_a_cluster(tmp_path: Path) -> None:
     """A server of a cluster is refused by a word that says so."""
-    options = ("--cluster-enabled", "yes", "--dir", str(tmp_path))
+    bus = await asyncio.to_thread(free_port)  # else the port and 10 000, which there may not be
+    options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--dir", str(tmp_path))
     server = await asyncio.to_thread(RedisServer, None, None, options)
     try:
         async with RedisLockManager(server.url) as manager:
