@@ -64,13 +64,17 @@ class Lease:
         self._users = 0  # how many `async with manager.lock()` are inside
 
     @property
+    def _ends(self) -> float:
+        """When it is over unless it is renewed, by the manager's clock."""
+        return min(self._deadline, self._hold_until)
+
+    @property
     def expires_at(self) -> float | None:
         """When it ends unless it is renewed, as Unix time in seconds; None if only a release ends it.
 
         For people: the wall clock decides nothing.
         """
-        ends = min(self._deadline, self._hold_until)
-        return None if ends == math.inf else time.time() + ends - self._clock()
+        return None if self._ends == math.inf else time.time() + self._ends - self._clock()
 
     @property
     def lost(self) -> bool:

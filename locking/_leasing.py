@@ -16,10 +16,10 @@ from weakref import WeakSet
 
 from ._claim import PATIENCE, Busy, Claim, check_loop
 from ._clock import now
-from ._errors import LockClosedError, LockUnavailableError
+from ._errors import LockClosedError, LockError
 from ._lease import HOLD_OVER, NOT_RENEWED, Lease
 from ._manager import LockManager, logger
-from ._owned import see_through, start
+from ._owned import Ended, see_through, start
 from ._room import Place, Room
 
 _RENEWALS = 3
@@ -53,6 +53,10 @@ class LeasingLockManager(LockManager):
     @abstractmethod
     async def _take(self, claim: Claim) -> Busy | None:
         """Hold the key for the claim and set its token, or say who does. Repeating it does no harm."""
+
+    async def _ask(self, claim: Claim) -> Ended:
+        """`_take`, seen through cancellations."""
+        return await see_through(self._take(claim))
 
     async def _renew(self, claim: Claim) -> bool:
         """Extend the lease; False if it is certain that the key belongs to the claim no longer."""
@@ -152,12 +156,13 @@ class LeasingLockManager(LockManager):
             try:
                 async with asyncio.timeout(lease._deadline - sent):
                     kept = await self._renew(lease._claim)
-            except (LockUnavailableError, TimeoutError) as error:
+            except (LockError, TimeoutError) as error:
                 failures += 1
                 if failures == 1:
                     logger.warning(
-                        "The lock %r of %r could not be renewed yet: %s", lease.key, lease.holder, error
-                    )
+                        "The lock %r of %r could not be renewed yet: %s",
+                        lease.key, lease.holder, error if isinstance(error, LockError) else NOT_RENEWED,
+                    )  # fmt: skip
                 left = lease._deadline - self._clock()
                 await asyncio.sleep(
                     max(0, min(left, random.uniform(0.1, 0.3) * self.lease_seconds / _RENEWALS))
@@ -262,7 +267,7 @@ class LeasingLockManager(LockManager):
                 continue  # of another manager that shares the room
             try:
                 await self._release_lease(lease)
-            except LockUnavailableError as error:
+            except LockError as error:
                 logger.warning("%s The key is free when its lease ends.", error)
         here = asyncio.get_running_loop()
         if tasks := [task for task in self._tasks if task.get_loop() is here]:

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import os
 import socket
-import uuid
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
-from ._errors import LockNotHeldError, LockTimeoutError, LockUnavailableError
+from ..storage._nonces import nonce
+from ._errors import LockError, LockNotHeldError, LockTimeoutError
 from ._lease import Lease
 
 logger = logging.getLogger("onceflow.locking")
@@ -173,11 +173,11 @@ class Locked:
         if lease._users == 0:
             try:
                 await lease.release()
-            except LockUnavailableError as error:
+            except LockError as error:
                 # What the block did is done; its result or its own error matters more than this.
                 logger.warning("%s The key is free when its lease ends.", error)
 
 
 def new_holder() -> str:
     """A holder that nobody else is."""
-    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
+    return f"{socket.gethostname()}:{os.getpid()}:{nonce(32)}"

@@ -12,7 +12,7 @@ from ._claim import Busy, Claim, check
 from ._errors import LockError, LockNotHeldError, LockUnavailableError
 from ._lease import Lease
 from ._leasing import LeasingLockManager
-from ._owned import see_through, start
+from ._owned import start
 from ._room import Place, Ticket
 from ._telling import Telling
 
@@ -84,8 +84,8 @@ class QueuedLockManager(LeasingLockManager):
             lease = self._current(place)
             if lease is None:
                 return True, math.inf, None
-            # The holder's own loop ends a hold_timeout, and the first waiter's too: the other may stand still.
-            left = lease._hold_until - self._clock()
+            # The holder's own loop ends a lease, and the first waiter's too: the other may stand still, or be gone.
+            left = lease._ends - self._clock()
             return False, ticket.loop.time() + left, Busy(lease.holder, left)
 
     async def _attempt(
@@ -100,7 +100,7 @@ class QueuedLockManager(LeasingLockManager):
             if busy is None:
                 self._grant(place, claim)
             return busy
-        ended = await see_through(self._take(claim))
+        ended = await self._ask(claim)
         if ended.error is None and ended.value is None:
             self._grant(place, claim)
         elif ended.error is not None and (ended.cancelled or not isinstance(ended.error, Exception)):
@@ -219,7 +219,7 @@ class QueuedLockManager(LeasingLockManager):
             if not place.watchers.leads(ticket):
                 return math.inf  # another one looks, or this one was served just now
         if lease is not None:
-            return ticket.loop.time() + lease._hold_until - self._clock()
+            return ticket.loop.time() + lease._ends - self._clock()
         busy = await self._look(key)
         if busy is not None and wait and await self._watch(key):
             busy = await self._look(key)

@@ -6,20 +6,26 @@ import asyncio
 import importlib.util
 import random
 import threading
-import uuid
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 from ..storage._names import name_of
+from ..storage._nonces import nonce
 from . import _scripts as scripts
+from ._address import checked, shown
 from ._claim import Busy, Claim, checked_lease, patience
-from ._errors import LockAccessError, LockClosedError, LockConfigurationError, LockUnavailableError
-from ._link import Link
+from ._errors import LockClosedError, LockConfigurationError, LockError
+from ._link import Link, LinkClosed, Refusal, Words
+from ._owned import Ended, see_through
 from ._queued import QueuedLockManager
 
 DEFAULT_LEASE = 30.0
-_SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss", "unix": "unix"}
+DEFAULT_CONNECTIONS = 16
+DEFAULT_PREFIX = "onceflow"
+_ENDLESS = 1.0
+"""Seconds until a lock without an end is looked at again."""
+_LONG = 10_000
+"""Characters of a holder from which on sending it might have to wait for the network."""
 _left_behind: list[Link] = []  # connections that a fork copied here: closing them would disturb the parent
 
 
@@ -52,17 +58,17 @@ class RedisLockManager(QueuedLockManager):
         url: str = "redis://localhost:6379/0",
         *,
         lease_seconds: float = DEFAULT_LEASE,
-        max_connections: int = 16,
-        prefix: str = "onceflow",
+        max_connections: int = DEFAULT_CONNECTIONS,
+        prefix: str = DEFAULT_PREFIX,
     ) -> None:
         if importlib.util.find_spec("redis") is None:
             raise LockConfigurationError(
                 "RedisLockManager needs redis-py.", "Install it: pip install 'onceflow[redis]'."
             )
-        self._address = _address(url)
+        self._address = checked(url)
         self.lease_seconds = checked_lease(lease_seconds)
-        if max_connections < 1:
-            raise LockConfigurationError(f"max_connections is {max_connections}.", "Give 1 or more.")
+        if not isinstance(max_connections, int) or max_connections < 1:
+            raise LockConfigurationError(f"max_connections is {max_connections!r}.", "Give 1 or more.")
         self._max_connections, self._prefix = max_connections, prefix
         super().__init__()
         self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Link] = WeakKeyDictionary()
@@ -71,59 +77,85 @@ class RedisLockManager(QueuedLockManager):
 
     @property
     def url(self) -> str:
-        """The server's URL without the password, with the options that are not the default."""
-        parts = urlsplit(self._address)
-        query = dict(parse_qsl(parts.query))
-        query.pop("password", None)
+        """The server's URL without user and password, with the options that are not the default."""
+        options = {}
         if self.lease_seconds != DEFAULT_LEASE:
-            query["lease_seconds"] = f"{self.lease_seconds:g}"
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(query)))
+            options["lease_seconds"] = f"{self.lease_seconds:g}"
+        if self._max_connections != DEFAULT_CONNECTIONS:
+            options["max_connections"] = str(self._max_connections)
+        if self._prefix != DEFAULT_PREFIX:
+            options["prefix"] = self._prefix
+        return shown(self._address, **options)
 
     async def _prepare(self) -> None:
         await self._link()
 
+    async def _ask(self, claim: Claim) -> Ended:
+        if len(claim.holder) > _LONG:
+            return await see_through(self._take(claim))
+        try:
+            return await self._acquire(claim, whole=True)
+        except asyncio.CancelledError as cancelled:
+            # It stood in line, was connecting, or between two attempts, of which the last may have arrived.
+            return Ended(None, cancelled, cancelled)
+        except Exception as error:
+            return Ended(None, error, None)
+
     async def _take(self, claim: Claim) -> Busy | None:
-        claim.nonce = claim.nonce or uuid.uuid4().hex
-        keys = (self._name(claim.key), self._tokens)
-        token, detail, owner = await self._call(
-            "acquire", claim.key, scripts.ACQUIRE, keys, claim.holder, claim.nonce, self._milliseconds(claim)
-        )
-        if int(token) == 0:
-            return _busy(detail, owner)
+        busy: Busy | None = (await self._acquire(claim)).get()
+        return busy
+
+    async def _acquire(self, claim: Claim, whole: bool = False) -> Ended:
+        names = self._name(claim.key), self._tokens
+
+        def words() -> tuple[str | int, ...]:
+            claim.nonce = claim.nonce or nonce(32)
+            claim.sent = self._clock()
+            return (*names, claim.holder, claim.nonce, self._milliseconds(claim))
+
+        ended = await self._call("acquire", claim.key, scripts.ACQUIRE, words, whole=whole)
+        if ended.error is not None:
+            return ended
+        token, detail, owner = ended.value.split(b" ", 2)
+        if token == b"0":
+            return ended._replace(value=_busy(detail, owner))
         claim.token, claim.nonce = int(token), detail.decode()
-        return None
+        return ended._replace(value=None)
 
     async def _renew(self, claim: Claim) -> bool:
-        keys = (self._name(claim.key),)
-        return bool(
-            await self._call("renew", claim.key, scripts.RENEW, keys, claim.nonce, self._milliseconds(claim))
-        )
+        name = self._name(claim.key)
+        ended = await self._call(
+            "renew", claim.key, scripts.RENEW,
+            lambda: (name, claim.nonce, self._milliseconds(claim)), first=True,
+        )  # fmt: skip
+        return bool(ended.value)
 
     async def _give_back(self, claim: Claim) -> None:
         if claim.nonce:
-            await self._release_as(claim.key, claim.nonce, claim.holder)
+            await self._release_as(claim.key, claim.nonce, "")
 
     async def _release_elsewhere(self, key: str, holder: str) -> bool:
         return await self._release_as(key, "", holder)
 
-    async def _release_as(self, key: str, nonce: str, holder: str) -> bool:
-        keys = (self._name(key),)
-        return bool(
-            await self._call("release", key, scripts.RELEASE, keys, nonce, holder, self._channel(key))
-        )
+    async def _release_as(self, key: str, given: str, holder: str) -> bool:
+        words = self._name(key), given, holder, self._channel(key)
+        return bool((await self._call("release", key, scripts.RELEASE, lambda: words, first=True)).value)
 
     async def _look(self, key: str) -> Busy | None:
-        found = await self._call("look at", key, scripts.LOOK, (self._name(key),))
-        return _busy(found[0], found[1]) if found else None
+        name = self._name(key)
+        found = (await self._call("look at", key, scripts.LOOK, lambda: (name,))).value
+        return _busy(*found.split(b" ", 2)[1:]) if found else None
 
     async def _watch(self, key: str) -> bool:
         link = await self._link()
         self._watched.add(key)
         try:
             async with asyncio.timeout(patience(self.lease_seconds)):
-                return await link.listen(self._channel(key), key)
+                return await link.messages.listen(self._channel(key), key)
         except TimeoutError:
             return True  # the link goes on trying to connect, and wakes the waiters when it has
+        except Refusal as refusal:
+            raise self._error("wait for", key, refusal) from refusal.__cause__
 
     def _forget(self, key: str) -> None:
         if key not in self._watched:
@@ -132,39 +164,30 @@ class RedisLockManager(QueuedLockManager):
         with self._links_guard:
             links = list(self._links.values())
         for link in links:
-            link.forget(self._channel(key))
+            link.messages.forget(self._channel(key))
 
     async def _call(
-        self, operation: str, key: str, script: scripts.Script, keys: tuple[str, ...], *args: Any
-    ) -> Any:
-        """One request, repeated within its deadline while there is no answer; the scripts bear that."""
-        link = await self._link()  # also for what its errors mean
-        seconds = patience(self.lease_seconds)
-        reason: object = f"no answer within {seconds:g} s"
-        pause = 0.02
-        try:
-            async with asyncio.timeout(seconds):
-                while True:
-                    try:
-                        return await (await self._link()).run(script, keys, args)
-                    except link.refused:
-                        raise
-                    except link.transient as error:
-                        reason = error
-                    await asyncio.sleep(random.uniform(pause / 2, pause))
-                    pause = min(2 * pause, 0.5)
-        except TimeoutError as error:
-            raise LockUnavailableError(
-                operation, key, self.url, str(reason), "Look whether the server runs and can be reached."
-            ) from error
-        except link.refused as error:
-            raise LockAccessError(
-                operation, key, self.url, str(error), "Check user, password and rights in the URL."
-            ) from error
-        except link.failed as error:
-            raise LockUnavailableError(
-                operation, key, self.url, str(error), "The server answers, but cannot do it: see its log."
-            ) from error
+        self,
+        operation: str,
+        key: str,
+        script: scripts.Script,
+        words: Words,
+        *,
+        first: bool = False,
+        whole: bool = False,
+    ) -> Ended:
+        """One request; see `Link.ask`."""
+        while True:
+            link = await self._link()
+            try:
+                return await link.ask(script, words, first=first, whole=whole)
+            except LinkClosed:
+                continue  # with its loop, say; if it was the manager, the next line tells
+            except Refusal as refusal:
+                raise self._error(operation, key, refusal) from refusal.__cause__
+
+    def _error(self, operation: str, key: str, refusal: Refusal) -> LockError:
+        return refusal.meaning.told(operation, key, self.url, refusal.reason)
 
     async def _link(self) -> Link:
         """The running loop's connections."""
@@ -181,7 +204,11 @@ class RedisLockManager(QueuedLockManager):
                 for other in [other for other in self._links if other.is_closed()]:
                     del self._links[other]
                 link = self._links[loop] = Link(
-                    self._address, self._max_connections, patience(self.lease_seconds), self._freed
+                    self._address,
+                    self._prefix,
+                    self._max_connections,
+                    patience(self.lease_seconds),
+                    self._freed,
                 )
         await link.attach()
         return link
@@ -224,29 +251,12 @@ class RedisLockManager(QueuedLockManager):
         return max(1, round(1000 * min(self.lease_seconds, left)))
 
 
-def _busy(milliseconds: Any, owner: bytes) -> Busy:
-    # A little later than the lease, else the key is still there; and not all processes at once.
-    return Busy(owner.decode(), max(0, int(milliseconds)) / 1000 + random.uniform(0.005, 0.05))
-
-
-def _address(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        scheme, _ = _SCHEMES[parts.scheme], parts.port
-    except KeyError:
-        raise LockConfigurationError(
-            f"{_public(url)!r} is no URL of a Redis server.", "Give redis://host:port/database."
-        ) from None
-    except ValueError as error:
-        raise LockConfigurationError(
-            f"{_public(url)!r} is no URL: {error}.", "Give redis://host:port/database."
-        ) from None
-    return urlunsplit(parts._replace(scheme=scheme))
-
-
-def _public(url: str) -> str:
-    head, _, tail = str(url).rpartition("@")
-    return f"{head.split('//')[0]}//…@{tail}" if head else tail
+def _busy(milliseconds: bytes, owner: bytes) -> Busy:
+    # A little later than the lease, else the key is still there; and not all processes at once. A lock that
+    # somebody made last for ever is looked at now and then.
+    left = int(milliseconds)
+    seconds = left / 1000 if left >= 0 else _ENDLESS
+    return Busy(owner.decode(errors="replace"), seconds + random.uniform(0.005, 0.05))
 
 
 def _remake(address: str, lease_seconds: float, max_connections: int, prefix: str) -> RedisLockManager:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from ..storage import storage_from_url
@@ -17,6 +19,7 @@ _FORMS = (
     "a path, file:///path, memory://name, redis://host:port/database (rediss, valkey, valkeys, unix), "
     "s3://bucket/prefix, or storage+ and a storage's URL"
 )
+_EXAMPLES = {"lease_seconds": 30, "max_connections": 16}
 _REDIS = ("redis", "rediss", "valkey", "valkeys", "unix")
 
 
@@ -25,7 +28,7 @@ def lock_manager_from_url(url: str | os.PathLike[str] | LockManager) -> LockMana
 
     A path and `file:///path` are a `FileLockManager`; `storage+file:///path`, `s3://bucket/prefix?…` and
     `storage+s3://…` a `StorageLockManager`, which closes its storage. `lease_seconds` is an option of all that
-    take it; other options go to redis-py or to the storage.
+    take it, `max_connections` and `prefix` are of Redis; other options go to redis-py or to the storage.
 
     Raises:
         LockConfigurationError: Unknown scheme or option, or one that cannot work; it names what is known.
@@ -41,14 +44,11 @@ def lock_manager_from_url(url: str | os.PathLike[str] | LockManager) -> LockMana
     if scheme == "file":
         return _file(url)
     if scheme in _REDIS:
-        plain, lease = _lease_of(url)
-        return RedisLockManager(plain) if lease is None else RedisLockManager(plain, lease_seconds=lease)
+        plain, options = _split(url, lease_seconds=float, max_connections=int, prefix=str)
+        return RedisLockManager(plain, **options)
     if scheme == "s3" or scheme.startswith("storage+"):
-        plain, lease = _lease_of(url.removeprefix("storage+"))
-        storage = storage_from_url(plain)
-        manager = (
-            StorageLockManager(storage) if lease is None else StorageLockManager(storage, lease_seconds=lease)
-        )
+        plain, options = _split(url.removeprefix("storage+"), lease_seconds=float)
+        manager = StorageLockManager(storage_from_url(plain), **options)
         manager.owns_storage = True
         return manager
     raise LockConfigurationError(f"Unknown scheme {scheme!r} in a lock manager's URL.", f"Give {_FORMS}.")
@@ -73,17 +73,22 @@ def _file(url: str) -> LockManager:
     return FileLockManager(unquote(parts.path))
 
 
-def _lease_of(url: str) -> tuple[str, float | None]:
-    """The URL without the option `lease_seconds`, and its value."""
+def _split(url: str, **kinds: Callable[[str], Any]) -> tuple[str, dict[str, Any]]:
+    """The URL without the options that are the lock manager's own, and their values."""
     parts = urlsplit(url)
     query = parse_qsl(parts.query, keep_blank_values=True)
-    leases = [value for name, value in query if name == "lease_seconds"]
-    if not leases:
-        return url, None
-    rest = urlencode([(name, value) for name, value in query if name != "lease_seconds"])
-    try:
-        return urlunsplit(parts._replace(query=rest)), float(leases[-1])
-    except ValueError:
-        raise LockConfigurationError(
-            f"lease_seconds={leases[-1]!r} is no number of seconds.", "Write lease_seconds=30."
-        ) from None
+    options: dict[str, Any] = {}
+    for name, value in query:
+        if name not in kinds:
+            continue
+        try:
+            options[name] = kinds[name](value)
+        except ValueError:
+            raise LockConfigurationError(
+                f"{name}={value!r} is no number.", f"Write {name}={_EXAMPLES[name]}."
+            ) from None
+    if not options:
+        return url, options
+    rest = urlencode([(name, value) for name, value in query if name not in kinds])
+    plain = urlunsplit(parts._replace(query=rest))
+    return plain if "://" in plain else plain.replace(":", "://", 1), options  # unix:///path has no host

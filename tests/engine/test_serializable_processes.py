@@ -22,6 +22,7 @@ from processes import line, python
 from redis_servers import RedisServer
 from s3_servers import s3_server
 from serial_ways import WAYS, Side, Way
+from tcp_proxy import tcp_proxy
 from until import until
 
 LEASE = 0.6
@@ -266,6 +267,27 @@ async def _paused_holder_of_a_file(way: Way) -> None:
             holder.stdin.write(b"\n")
             assert await line(holder) == ["out", str(holder.pid)]
             assert await waiting == holder.pid
+
+
+@pytest.mark.parametrize("way", ["redis"], indirect=True)
+async def test_holder_that_is_cut_off(way: Way, redis_server: RedisServer) -> None:
+    """B10: a holder that Redis hears no more of publishes nothing, though it reaches the records; others go on."""
+    async with tcp_proxy(redis_server.port) as proxy:
+        through = way._replace(locks=f"redis://127.0.0.1:{proxy.port}/0")
+        async with worker(through, "hold", "key", lease=LEASE) as holder, Side(way, LEASE) as side:
+            assert await line(holder) == ["in"]
+            proxy.requests.clear()
+            proxy.replies.clear()
+            async with asyncio.timeout(10):
+                assert await held("key") == os.getpid()
+            proxy.requests.set()
+            proxy.replies.set()
+            assert holder.stdin is not None
+            holder.stdin.write(b"\n")
+            assert await line(holder) == ["out", str(os.getpid())]
+            assert await side.is_free(str(await held.cache_key("key")))
+    async with Side(way):
+        assert await held("key") == os.getpid()
 
 
 async def test_a_holder_that_sleeps_while_nobody_comes(way: Way) -> None:

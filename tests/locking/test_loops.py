@@ -89,6 +89,28 @@ async def test_a_waiter_whose_loop_is_gone(manager: LockManager) -> None:
     task[0].get_coro().close()
 
 
+async def test_a_holder_whose_loop_is_gone(make: Make, place: Place) -> None:
+    """Waiters go on when the lease is over of a holder whose loop was closed: nothing else would tell them."""
+    if not place.leased:
+        pytest.skip("a lock without a lease lasts as long as its process")
+    if place.kind == "s3":
+        pytest.skip("the same code as over the storage in memory, so one kind is enough")
+    manager = make(1)
+    loop = asyncio.new_event_loop()
+
+    def hold_and_go() -> None:
+        asyncio.set_event_loop(loop)
+        assert loop.run_until_complete(manager.acquire("key", "me"))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+    await asyncio.to_thread(hold_and_go)
+    watching = asyncio.create_task(manager.wait_until_free("key"))
+    async with asyncio.timeout(4):
+        assert await manager.acquire("key", "you")
+        assert await watching
+
+
 @pytest.mark.parametrize("name", ["uvloop"])
 async def test_other_loops(place: Place, name: str) -> None:
     """Locks work on uvloop as they do on asyncio's own loop."""

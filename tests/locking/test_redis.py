@@ -205,8 +205,8 @@ async def test_lost_message(proxy: TcpProxy) -> None:
 
 def subscribed(manager: RedisLockManager) -> bool:
     link = manager._links.get(asyncio.get_running_loop())
-    channels = list(link._channels.values()) if link is not None else []
-    return bool(channels) and all(confirmed.is_set() for _, confirmed in channels)
+    channels = list(link.messages._channels.values()) if link is not None else []
+    return bool(channels) and all(channel.confirmed.is_set() for channel in channels)
 
 
 async def test_slow_network(proxy: TcpProxy) -> None:

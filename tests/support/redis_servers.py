@@ -29,9 +29,12 @@ _INSIDE_SCRIPTS = {"get", "set", "del", "pttl", "pexpire", "publish", "time", "i
 class RedisServer:
     """One server process, without persistence. Every method returns when what it does is done; all block."""
 
-    def __init__(self, port: int | None = None, password: str | None = None) -> None:
+    def __init__(
+        self, port: int | None = None, password: str | None = None, options: tuple[str, ...] = ()
+    ) -> None:
         self.port = port or free_port()
         self.password = password
+        self.options = options
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -45,7 +48,7 @@ class RedisServer:
         """Start, empty, and wait until it answers."""
         command = [
             str(_binary()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
-            "--enable-debug-command", "no",
+            "--enable-debug-command", "no", *self.options,
         ]  # fmt: skip
         if self.password:
             command += ["--requirepass", self.password]
@@ -54,7 +57,7 @@ class RedisServer:
         while True:
             try:
                 reply = self.ask(b"PING")
-                if reply.startswith((b"+PONG", b"-NOAUTH")):
+                if reply.startswith((b"+PONG", b"-NOAUTH", b"-LOADING")):
                     return
             except OSError:
                 pass
