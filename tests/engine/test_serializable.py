@@ -8,7 +8,8 @@ import logging
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextvars import Context
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from onceflow.engine import (
     INPUTS,
+    CommitError,
     ConfigurationError,
     DeadlockError,
     Engine,
@@ -843,6 +845,65 @@ async def test_a_keyed_transaction_that_is_cancelled(side: Side) -> None:
         await asyncio.gather(running, return_exceptions=True)
         assert len(side.engine.flights) == 0
         assert not await side.locks.is_locked("own")
+
+
+def _alone(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """As a process of its own would do it: with nothing of what is entered or open here."""
+    return asyncio.create_task(work, context=Context())
+
+
+@pytest.mark.parametrize("inner", [True, False])
+async def test_a_keyed_block_commits_on_what_it_saw(way: Way, inner: bool) -> None:
+    """6: the record of a keyed block never covers one that was written meanwhile, whoever staged it in the block."""
+
+    @task(cache_key_fn=lambda context, parameters: "own")
+    async def one(value: str) -> str:
+        return value
+
+    async def elsewhere() -> None:
+        async with Side(way):
+            await one("theirs")  # READ_COMMITTED: it asks for no lock
+
+    async def block() -> None:
+        async with transaction(key="own", isolation_level="SERIALIZABLE") as txn:
+            if inner:
+                assert await one("mine") == "mine"
+            else:
+                txn.stage("mine")
+            await _alone(elsewhere())
+
+    async with Side(way) as side:
+        with pytest.raises(CommitError, match="'own'"):
+            await block()
+        assert await one("again") == "theirs"
+        assert not await side.locks.is_locked("own")
+
+
+@pytest.mark.parametrize("inner", [True, False])
+async def test_a_keyed_block_that_replaces_its_own_work(inner: bool) -> None:
+    """6: what a block itself, or an independent one inside, has written or removed under its key is no stranger's."""
+
+    @task(cache_key_fn=lambda context, parameters: "own", refresh_cache=True)
+    async def one(value: str) -> str:
+        return value
+
+    async def again(txn: transaction, value: str) -> None:
+        if inner:
+            await one(value)
+        else:
+            txn.stage(value)
+
+    async with Engine(MemoryStorage(), MemoryLockManager()):
+        await one("first")
+        async with transaction(key="own", isolation_level="SERIALIZABLE", overwrite=True) as txn:
+            await one.invalidate("")
+            await again(txn, "second")
+        assert await one.with_options(refresh_cache=False)("") == "second"
+        async with transaction(key="own", isolation_level="SERIALIZABLE", overwrite=True) as txn:
+            async with transaction(independent=True):
+                await one("third")
+            await again(txn, "fourth")
+        assert await one.with_options(refresh_cache=False)("") == "fourth"
 
 
 # --- configuration, loops, the end
