@@ -147,7 +147,6 @@ async def _take_again(
     patience: Patience,
 ) -> Hit | Miss | None:
     """What another holder has committed, or the miss under which to try again; None where that makes no sense."""
-    flight.held = None
     if held is not None:
         await uncancelled(held.release())
     found = await call.run.engine.records.lookup(call.place, call.where[1])
@@ -156,7 +155,7 @@ async def _take_again(
     if found.version == ABSENT and (isinstance(held, Claim) or miss.version not in (ABSENT, ANY)):
         return None  # invalidated since: what was computed before must not come back
     try:
-        return await _take(call, manager, flight, Miss(found.reason, found.header), patience)
+        return await _take(call, manager, flight, found, patience)
     except Exception as error:  # the value is there, and must not be lost for want of a lock
         logger.warning("%s %r - the key could not be had again: %s", call.run.kind, call.run.name, error)
         return None
