@@ -156,7 +156,9 @@ async def test_requests_of_a_wait(engine: Engine, storage: Watched, monkeypatch:
     assert looks["GET"] <= len(pauses) + 3
     assert all(claiming.SHORTEST <= pause <= claiming.LONGEST for pause in pauses)
     assert max(pauses) > 0.2
-    assert [stat.key async for stat in storage.list(".locks/")] == []  # what was found needs no lock of its own
+    assert [
+        stat.key async for stat in storage.list(".locks/")
+    ] == []  # what was found needs no lock of its own
 
 
 # --- a claim by itself

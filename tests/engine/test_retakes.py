@@ -43,7 +43,12 @@ class Stranger:
 
     def __init__(self, side: Side) -> None:
         (flight,) = side.engine.flights._flights.values()
-        self._locks, self._storage, self._where, self._held = side.locks, side.storage, flight.where, flight.held
+        self._locks, self._storage, self._where, self._held = (
+            side.locks,
+            side.storage,
+            flight.where,
+            flight.held,
+        )
         self._claim: Claim | None = None
 
     async def take(self) -> None:

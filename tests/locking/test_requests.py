@@ -1,0 +1,257 @@
+"""What the managers' common half makes of each answer to a request: told by a manager whose answers are written down."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from lock_places import turns
+from onceflow.locking import LockClosedError, LockUnavailableError, MemoryLockManager
+from onceflow.locking._claim import Busy, Claim, patience
+from onceflow.locking._queued import QueuedLockManager
+
+FAR = 60.0
+"""Seconds after which a test has failed long ago: whoever waits for so long was forgotten."""
+Answer = Callable[[], Awaitable[Busy | None]]
+
+
+async def free() -> Busy | None:
+    return None
+
+
+async def busy() -> Busy | None:
+    return Busy("somebody", FAR)
+
+
+class Written(QueuedLockManager):
+    """Answers requests as it was told, one after the other; the last answer for good. Notes what is asked."""
+
+    def __init__(
+        self, *takes: Answer, looks: tuple[Answer, ...] = (), watches: tuple[bool, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.takes, self.looks, self.watches = list(takes), list(looks), list(watches)
+        self.asked: list[str] = []
+        self.held: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        return "written://down"
+
+    async def _take(self, claim: Claim) -> Busy | None:
+        self.asked.append("take")
+        answer = await (self.takes.pop(0) if len(self.takes) > 1 else self.takes[0])()
+        if answer is None:
+            claim.token = len(self.asked)
+            self.held.add(claim.key)
+        return answer
+
+    async def _give_back(self, claim: Claim) -> None:
+        self.asked.append("give back")
+        self.held.discard(claim.key)
+
+    async def _look(self, key: str) -> Busy | None:
+        self.asked.append("look")
+        return await (self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])()
+
+    async def _watch(self, key: str) -> bool:
+        self.asked.append("watch")
+        return self.watches.pop(0) if self.watches else False
+
+
+# --- waiting
+
+
+async def test_a_message_during_the_request() -> None:
+    """13: that the key may be free, said while the request that finds it held is under way, is not lost."""
+
+    async def busy_but_told() -> Busy | None:
+        manager._freed("key")
+        return await busy()
+
+    manager = Written(busy_but_told, free)
+    async with manager, asyncio.timeout(5):
+        assert await manager.acquire("key", "me")
+    assert manager.asked == ["take", "watch", "take", "give back"]
+
+
+async def test_a_message_before_it_is_listened_to() -> None:
+    """13: who has just begun to listen asks once more, since what was said before was not heard; and once only."""
+    manager = Written(busy, busy, free, watches=(True,))
+    async with manager:
+        waiting = asyncio.create_task(manager.acquire("key", "me"))
+        await turns(10)
+        assert manager.asked == ["take", "watch", "take"]
+        manager._freed("key")
+        assert await waiting
+    assert manager.asked == ["take", "watch", "take", "take", "give back"]
+
+
+async def test_a_watcher_listens_before_it_looks_again() -> None:
+    """13: the same of who only watches: free by the second look, it need not wait for a message."""
+    manager = Written(free, looks=(busy, free), watches=(True,))
+    async with manager, asyncio.timeout(5):
+        assert await manager.wait_until_free("key")
+    assert manager.asked == ["look", "watch", "look"]
+
+
+async def test_a_try_listens_to_nothing() -> None:
+    """A try, and a look whether a key is free at once, are one request each, and want no messages."""
+    manager = Written(busy, looks=(busy,))
+    async with manager:
+        assert await manager.acquire("key", "me", timeout=0) is None
+        assert not await manager.wait_until_free("key", timeout=0)
+    assert manager.asked == ["take", "look"]
+
+
+async def test_the_first_watcher_goes() -> None:
+    """27: when the one that looks for all watchers is cancelled, the next one looks."""
+    manager = Written(free, looks=(busy,))
+    async with manager:
+        first = asyncio.create_task(manager.wait_until_free("key"))
+        await turns(3)
+        second = asyncio.create_task(manager.wait_until_free("key"))
+        third = asyncio.create_task(manager.wait_until_free("key"))
+        await turns(3)
+        assert manager.asked == ["look", "watch"]
+        first.cancel()
+        await turns(3)
+        assert manager.asked == ["look", "watch"] * 2
+        manager.looks = [free]
+        second.cancel()
+        async with asyncio.timeout(5):
+            assert await third
+        assert manager.asked == ["look", "watch"] * 2 + ["look"]
+
+
+async def test_nothing_of_a_wait_stays() -> None:
+    """A wait that ended leaves no timer behind that would keep its lease alive until it fires."""
+    async with MemoryLockManager() as manager:
+        await manager.acquire("key", "me")
+        waiting = asyncio.create_task(manager.acquire("key", "you", timeout=FAR))
+        await turns(3)
+        await manager.release("key", "me")
+        lease = await waiting
+        assert lease is not None
+        await lease.release()
+        kept = weakref.ref(lease)
+        del lease, waiting
+        await turns(3)
+        gc.collect()
+        assert kept() is None
+
+
+# --- cancellation, errors, the end
+
+
+async def test_granted_to_nobody() -> None:
+    """30: a request that is granted while the one who asked is cancelled, natively and twice, is given back by then."""
+    gate, asked = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> Busy | None:
+        asked.set()
+        await gate.wait()
+        return None
+
+    manager = Written(slow, free)
+    async with manager:
+        first = asyncio.create_task(manager.acquire("key", "me"))
+        await asked.wait()
+        second = asyncio.create_task(manager.acquire("key", "you"))
+        for _ in range(2):
+            first.cancel()
+            await turns(3)
+        assert not first.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert manager.asked[:2] == ["take", "give back"]
+        lease = await second
+        assert lease is not None
+        assert manager.held == {"key"}
+        assert manager._room.places["key"].lease is lease
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_a_request_that_failed_after_it_was_cancelled(is_cancelled: bool) -> None:
+    """36: a request that fails may have arrived: it is undone where the one who asked is no longer there to repeat it."""
+    gate, asked = asyncio.Event(), asyncio.Event()
+
+    async def breaks() -> Busy | None:
+        asked.set()
+        await gate.wait()
+        raise LockUnavailableError("acquire", "key", "written://down", "it is gone", "Wait.")
+
+    manager = Written(breaks)
+    async with manager:
+        running = asyncio.create_task(manager.acquire("key", "me"))
+        await asked.wait()
+        if is_cancelled:
+            running.cancel()
+            await turns(2)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError if is_cancelled else LockUnavailableError):
+            await running
+        await turns(3)
+        assert manager.asked == ["take", "give back"][: 1 + is_cancelled]
+
+
+async def test_a_server_that_is_gone_is_gone_for_all() -> None:
+    """41: one request finds it out for all who wait, holders and watchers, each with an error of its own."""
+    gate = asyncio.Event()
+
+    async def breaks() -> Busy | None:
+        await gate.wait()
+        raise LockUnavailableError("acquire", "key", "written://down", "it is gone", "Wait.")
+
+    manager = Written(breaks, looks=(busy,))
+    async with manager:
+        waiting: list[asyncio.Task[Any]] = [
+            asyncio.create_task(manager.acquire("key", f"{number}")) for number in range(3)
+        ]
+        waiting += [asyncio.create_task(manager.wait_until_free("key")) for _ in range(2)]
+        await turns(5)
+        gate.set()
+        async with asyncio.timeout(5):
+            errors = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(error, LockUnavailableError) for error in errors)
+        assert len({id(error) for error in errors}) == 5
+        assert sorted(manager.asked) == ["look", "take", "watch"]
+        assert manager._room.places == {}
+
+
+async def test_closing_during_a_request() -> None:
+    """A manager that is closed while a request is under way says so to who asked, whatever the request ends with."""
+    for ends in (free, busy):
+        gate, asked = asyncio.Event(), asyncio.Event()
+
+        async def slow(gate: asyncio.Event = gate, asked: asyncio.Event = asked, ends: Answer = ends) -> Any:
+            asked.set()
+            await gate.wait()
+            return await ends()
+
+        manager = Written(slow, looks=(slow,))
+        for waiting in (manager.acquire("key", "me"), manager.wait_until_free("key")):
+            manager._closed = False
+            asked.clear()
+            gate.clear()
+            running = asyncio.ensure_future(waiting)
+            await asked.wait()
+            closing = asyncio.create_task(manager.aclose())
+            await turns(3)
+            gate.set()
+            async with asyncio.timeout(5):
+                await closing
+                outcome = (await asyncio.gather(running, return_exceptions=True))[0]
+            assert isinstance(outcome, LockClosedError) or outcome is True
+            assert manager.held == set()
+            assert manager._room.places == {}
+
+
+def test_patience() -> None:
+    """A request may take a sixth of a lease, but a second at least, and never more than half of it."""
+    assert [patience(lease) for lease in (600, 30, 6, 4, 1)] == [100, 5, 1, 1, 0.5]
