@@ -96,7 +96,7 @@ class StorageLockManager(QueuedLockManager):
             self._probed = True
 
     async def _take(self, claim: Claim) -> Busy | None:
-        claim.nonce = claim.nonce or uuid.uuid4().hex
+        claim.nonce = uuid.uuid4().hex
         busy: Busy | None = await self._within("acquire", claim.key, self._taken(claim))
         return busy
 
@@ -105,7 +105,7 @@ class StorageLockManager(QueuedLockManager):
         while True:
             try:
                 found = await self._read(claim.key)
-                if found is not None and found.lock.nonce == claim.nonce and found.lock.held:
+                if found is not None and found.lock.nonce == claim.nonce:
                     claim.handle, claim.token = (
                         found.version,
                         found.lock.token,

@@ -1,4 +1,4 @@
-"""What the managers' common half makes of each answer to a request: told by a manager whose answers are written down."""
+"""What the managers' common half makes of each answer: shown by a manager whose answers are written down."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ class Written(QueuedLockManager):
     ) -> None:
         super().__init__()
         self.takes, self.looks, self.watches = list(takes), list(looks), list(watches)
+        self.renews: list[Answer] = []
         self.asked: list[str] = []
         self.held: set[str] = set()
+        self.gate: asyncio.Event | None = None
 
     @property
     def url(self) -> str:
@@ -46,13 +48,22 @@ class Written(QueuedLockManager):
         self.asked.append("take")
         answer = await (self.takes.pop(0) if len(self.takes) > 1 else self.takes[0])()
         if answer is None:
+            assert claim.key not in self.held, "granted before it was given back"
             claim.token = len(self.asked)
             self.held.add(claim.key)
         return answer
 
     async def _give_back(self, claim: Claim) -> None:
         self.asked.append("give back")
+        if self.gate is not None:
+            await self.gate.wait()
+        await turns(3)  # as any request takes a while
         self.held.discard(claim.key)
+
+    async def _renew(self, claim: Claim) -> bool:
+        self.asked.append("renew")
+        await self.renews.pop(0)()
+        return claim.key in self.held
 
     async def _look(self, key: str) -> Busy | None:
         self.asked.append("look")
@@ -145,6 +156,89 @@ async def test_nothing_of_a_wait_stays() -> None:
         assert kept() is None
 
 
+# --- holding
+
+
+async def test_a_lease_counts_from_before_the_request() -> None:
+    """8: four fifths of a lease begin when its request, or that of its renewal, was sent, not when it was answered."""
+    time = 0.0
+
+    def passes(seconds: float) -> Answer:
+        async def answer() -> Busy | None:
+            nonlocal time
+            time += seconds
+            return None
+
+        return answer
+
+    manager = Written(passes(20))
+    manager.lease_seconds, manager._clock = 30.0, lambda: time
+    async with manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        time = 23.9
+        lease.check()
+        manager.renews = [passes(10)]
+        await manager._keep(lease)
+        time = 23.9 + 23.9
+        lease.check()
+        time = 23.9 + 24.1
+        assert lease.lost
+    manager = Written(passes(20))
+    manager.lease_seconds, manager._clock, time = 30.0, lambda: time, 0.0
+    async with manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        time = 24.1
+        assert lease.lost
+
+
+async def test_acquired_again_while_it_goes_back() -> None:
+    """L2: a lease on its way back to the server is not given to its holder again; the new one comes after it."""
+    manager = Written(free)
+    manager.gate = asyncio.Event()
+    async with manager:
+        first = await manager.acquire("key", "me")
+        assert first is not None
+        releasing = asyncio.create_task(first.release())
+        await turns(3)
+        again = asyncio.create_task(manager.acquire("key", "me"))
+        await turns(3)
+        assert not again.done()
+        manager.gate.set()
+        second = await again
+        await releasing
+        assert second is not None
+        assert second is not first
+        second.check()
+    assert manager.asked == ["take", "give back", "take", "give back"]
+
+
+async def test_a_renewal_and_a_release_at_once() -> None:
+    """A lease that was released while its renewal was under way is renewed no more, and is not called lost."""
+    gate = asyncio.Event()
+
+    async def slow() -> Busy | None:
+        await gate.wait()
+        return None
+
+    told: list[str] = []
+    manager = Written(free)
+    manager.lease_seconds, manager.renews = 30.0, [slow]
+    async with manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        lease.on_lost(told.append)
+        renewing = asyncio.create_task(manager._keep(lease))
+        await turns(3)
+        await lease.release()
+        gate.set()
+        await renewing
+        assert lease._timer is None
+        assert told == []
+        assert not lease.lost
+
+
 # --- cancellation, errors, the end
 
 
@@ -176,9 +270,31 @@ async def test_granted_to_nobody() -> None:
         assert manager._room.places["key"].lease is lease
 
 
+async def test_a_request_that_is_cut_off() -> None:
+    """30: a request whose own task is cancelled, as when a loop shuts down, may have arrived: it is undone."""
+    asked = asyncio.Event()
+
+    async def for_ever() -> Busy | None:
+        asked.set()
+        await asyncio.Event().wait()
+        return None
+
+    manager = Written(for_ever)
+    async with manager:
+        before = asyncio.all_tasks()
+        running = asyncio.create_task(manager.acquire("key", "me"))
+        await asked.wait()
+        for task in asyncio.all_tasks() - before - {running}:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await turns(5)
+        assert manager.asked == ["take", "give back"]
+
+
 @pytest.mark.parametrize("is_cancelled", [True, False])
 async def test_a_request_that_failed_after_it_was_cancelled(is_cancelled: bool) -> None:
-    """36: a request that fails may have arrived: it is undone where the one who asked is no longer there to repeat it."""
+    """36: a request that fails may have arrived: it is undone where the one who asked does not go on asking."""
     gate, asked = asyncio.Event(), asyncio.Event()
 
     async def breaks() -> Busy | None:

@@ -15,6 +15,7 @@ from onceflow.locking import (
     StorageLockManager,
     lock_manager_from_url,
 )
+from onceflow.locking._claim import Claim
 from onceflow.storage import (
     ConditionsUnsupportedError,
     MemoryStorage,
@@ -33,6 +34,10 @@ class Watched(MemoryStorage):
         self.counts: Counter[str] = Counter()
         self.lose_before = self.lose_after = 0
         self.broken: Exception | None = None
+        self.probes = 0
+
+    async def ensure_conditional(self) -> None:
+        self.probes += 1
 
     async def fetch(self, *args: Any, **options: Any) -> Stored | None:
         self.counts["read"] += 1
@@ -69,6 +74,7 @@ async def test_requests_without_contention() -> None:
         storage.counts.clear()
         assert not await manager.is_locked("key")
         assert storage.counts == {"read": 1}
+        assert storage.probes == 1
 
 
 async def test_requests_while_many_wait() -> None:
@@ -137,7 +143,7 @@ async def test_unavailable_for_good() -> None:
     storage = Watched()
     async with StorageLockManager(storage, lease_seconds=1) as manager:
         storage.broken = StorageUnavailableError("read", "key", storage.url, "503", "Wait.")
-        with pytest.raises(LockUnavailableError, match="'key'") as caught:
+        with pytest.raises(LockUnavailableError, match=r"'key'.*503") as caught:
             await manager.acquire("key", "me")
         assert isinstance(caught.value, ConnectionError)
         storage.broken = StorageAccessError("read", "key", storage.url, "denied", "Allow it.")
@@ -211,6 +217,44 @@ async def test_unreadable_object(body: bytes) -> None:
         lease = await manager.acquire("key", "me", timeout=5)
         assert lease is not None
         await lease.release()
+
+
+async def test_the_same_holder_elsewhere_waits() -> None:
+    """The lock of another manager is not taken for one's own, though the names of their holders are the same."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager, StorageLockManager(storage) as other:
+        assert await manager.acquire("key", "me")
+        assert await other.acquire("key", "me", timeout=0) is None
+
+
+async def test_what_is_not_ones_own_is_left_alone() -> None:
+    """9: neither a renewal nor a release, sent late, touches a lock that is another's, free, or not to be read."""
+    storage = Watched()
+    released = None
+    async with StorageLockManager(storage) as manager, StorageLockManager(storage) as other:
+
+        async def send_late(claim: Claim) -> None:
+            before = await storage.read(".locks/key")
+            for handle in {claim.handle, None} - {released}:  # None: it does not know its last version
+                claim.handle = handle
+                await manager._give_back(claim)
+                claim.handle = handle
+                assert not claim.nonce or not await manager._renew(claim)
+            assert await storage.read(".locks/key") == before
+
+        first = await manager.acquire("key", "me")
+        assert first is not None
+        before = first._claim.handle
+        await first.release()
+        released, first._claim.handle = first._claim.handle, before
+        await send_late(first._claim)
+        assert await other.acquire("key", "you")
+        await send_late(first._claim)
+        await storage.write(".locks/key", b"written by a newer version")
+        await send_late(first._claim)
+        await send_late(Claim("key", "me", 0.0, 1.0))  # cut off before its request began
+        await storage.delete(".locks/key")
+        assert not await manager._renew(first._claim)
 
 
 async def test_deleted_objects() -> None:
