@@ -137,12 +137,7 @@ class LeasingLockManager(LockManager):
                 "The event loop that renews the lock %r for %r stood still for %.1f s of its %g s: something "
                 "blocks it. Move that work to a thread.", lease.key, lease.holder, late, self.lease_seconds,
             )  # fmt: skip
-        if lease.lost:
-            self._expire(lease)
-        elif self._clock() >= lease._hold_until - 0.001:  # timers may fire a moment early
-            self._expire(lease, HOLD_OVER)
-        elif lease._over is None:
-            start(self._keep(lease), self._tasks)
+        start(self._keep(lease), self._tasks)
 
     async def _keep(self, lease: Lease) -> None:
         """Renew once, however many requests that takes, and plan the next time; or notice that it is over."""

@@ -239,6 +239,49 @@ async def test_a_renewal_and_a_release_at_once() -> None:
         assert not lease.lost
 
 
+async def test_a_renewal_that_hangs() -> None:
+    """8: a renewal that is never answered is given up when the lease counts as lost, and the holder is told."""
+
+    async def for_ever() -> Busy | None:
+        await asyncio.Event().wait()
+        return None
+
+    manager = Written(free)
+    manager.lease_seconds, manager.renews = 0.3, [for_ever]
+    async with manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        async with asyncio.timeout(5):
+            assert "in time" in await lease.wait_lost()
+        await turns(5)
+        assert manager.asked == ["take", "renew", "give back"]
+
+
+async def test_a_renewal_that_fails_at_the_last_moment() -> None:
+    """8: between two tries to renew nobody sleeps beyond the moment at which the lease counts as lost."""
+    time = 0.0
+
+    def breaks_at(moment: float) -> Answer:
+        async def answer() -> Busy | None:
+            nonlocal time
+            time = moment
+            raise LockUnavailableError("renew", "key", "written://down", "it is gone", "Wait.")
+
+        return answer
+
+    manager = Written(free)
+    manager.lease_seconds, manager._clock = 300.0, lambda: time
+    manager.renews = [breaks_at(239.99), breaks_at(240.0)]
+    async with manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        async with asyncio.timeout(5):  # a pause between other tries is 10 s at least
+            await manager._keep(lease)
+        assert lease.lost
+        await turns(5)
+        assert manager.asked == ["take", "renew", "renew", "give back"]
+
+
 # --- cancellation, errors, the end
 
 
@@ -268,6 +311,38 @@ async def test_granted_to_nobody() -> None:
         assert lease is not None
         assert manager.held == {"key"}
         assert manager._room.places["key"].lease is lease
+
+
+async def test_granted_to_the_other_task_of_its_holder() -> None:
+    """30: of two tasks of one holder the one that asks is cancelled; the lease is the other's, whoever looks first."""
+    gate, asked = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> Busy | None:
+        asked.set()
+        await gate.wait()
+        return None
+
+    for asks in (True, False):
+        manager = Written(slow)
+        async with manager:
+            first = asyncio.create_task(manager.acquire("key", "me"))
+            await asked.wait()
+            second = asyncio.create_task(manager.acquire("key", "me"))
+            await turns(2)
+            if asks:
+                first.cancel()
+            gate.set()
+            await turns(1)
+            if not asks:
+                second.cancel()
+            lease = await (second if asks else first)
+            assert lease is not None
+            await turns(5)
+            lease.check()
+            assert manager.asked == ["take"]
+            asked.clear()
+            gate.clear()
+            await asyncio.wait([first, second])
 
 
 async def test_a_request_that_is_cut_off() -> None:

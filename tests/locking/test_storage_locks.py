@@ -75,6 +75,7 @@ async def test_requests_without_contention() -> None:
         assert not await manager.is_locked("key")
         assert storage.counts == {"read": 1}
         assert storage.probes == 1
+        assert manager._seen == {}
 
 
 async def test_requests_while_many_wait() -> None:
@@ -255,6 +256,19 @@ async def test_what_is_not_ones_own_is_left_alone() -> None:
         await send_late(Claim("key", "me", 0.0, 1.0))  # cut off before its request began
         await storage.delete(".locks/key")
         assert not await manager._renew(first._claim)
+
+
+async def test_a_token_outlives_a_lost_answer() -> None:
+    """2.2: a claim of which nobody knows whether it arrived is given back with the token that it has there."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        lease._claim.handle, lease._claim.token = None, 0  # as if its answer had been lost for good
+        await lease.release()
+        held, token = msgpack.unpackb(await storage.read(".locks/key"))[1:3]
+        assert not held
+        assert token == lease.token
 
 
 async def test_deleted_objects() -> None:
