@@ -81,8 +81,9 @@ async def _lead(call: Call, manager: LockManager, flight: Flight, patience: Pati
     finally:
         txn, held = run.transaction, flight.held
         if held is not None and written is not None and txn is not None and txn.joins:
-            txn.held.append(held)  # until the outcome
-            flight.keep(txn, txn.staged(call.where))
+            txn.held.append(
+                held
+            )  # until the outcome; it is the run's own, and about to join the block around
         else:
             try:
                 if held is not None:

@@ -179,7 +179,7 @@ class LeasingLockManager(LockManager):
             self._give_back_now(lease._claim)
         self._vacate(lease)
         if self._suspends:
-            self._undo_on(asyncio._get_running_loop() or lease._loop, lease._claim)
+            start(self._undo(lease._claim), self._tasks)
 
     def _give_back_now(self, claim: Claim) -> None:
         """`_give_back` of a manager whose requests do not suspend, where nothing can be awaited."""
@@ -214,16 +214,6 @@ class LeasingLockManager(LockManager):
         ended = await see_through(self._give_back(claim))
         if ended.error is not None:
             logger.warning("%s Nobody may hold it until its lease ends.", ended.error)
-
-    def _undo_on(self, loop: asyncio.AbstractEventLoop | None, claim: Claim) -> None:
-        """Undo on a loop, from any thread; if it is closed, the end of the lease does it."""
-        if loop is not None and asyncio._get_running_loop() is loop:
-            start(self._undo(claim), self._tasks)
-        elif loop is not None:
-            try:
-                loop.call_soon_threadsafe(lambda: start(self._undo(claim), self._tasks))
-            except RuntimeError:
-                pass
 
     def _vacate(self, lease: Lease) -> None:
         with self._room.guard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from onceflow.engine import INPUTS, Engine, task
 from onceflow.engine import _claiming as claiming
+from onceflow.engine import _claims as claims
 from onceflow.engine._claims import Claim
 from onceflow.engine._flights import Flight
 from onceflow.locking import StorageLockManager
@@ -168,11 +170,18 @@ def claim_on(storage: Watched, name: str, lease: float = 0.3) -> Claim:
     return Claim(Flight((storage.url, "key"), None), storage, name, name, lease, ())
 
 
+def due_within(claim: Claim, seconds: float) -> bool:
+    """Whether the claim is written anew so soon."""
+    assert claim._timer is not None
+    return claim._timer.when() <= asyncio.get_running_loop().time() + seconds
+
+
 async def test_renewed_while_held(storage: Watched) -> None:
     """7: a claim is written anew every third of its lease, and each time is another version."""
     claim = claim_on(storage, "one")
     assert await claim.take("", b"", 0)
     versions = {claim.version}
+    assert due_within(claim, 0.1)
     for _ in range(3):
         await until(lambda: claim.version not in versions)
         versions.add(claim.version)
@@ -190,6 +199,7 @@ async def test_a_renewal_without_an_answer(storage: Watched, caplog: Logged) -> 
         caplog.clear()
         setattr(storage, lost, 2)
         await until(lambda lost=lost: not getattr(storage, lost))  # type: ignore[misc]
+        assert due_within(claim, 0.3 / 9)  # a second try comes before the lease is half over
         version = claim.version
         await until(lambda claim=claim, version=version: claim.version != version)  # type: ignore[misc]
         assert not claim.lost
@@ -251,10 +261,10 @@ async def test_taken_over(storage: Watched, caplog: Logged) -> None:
 
 async def test_only_one_takes_it(storage: Watched) -> None:
     """Of ten that have seen the same version one gets the claim."""
-    claims = [claim_on(storage, f"{number}") for number in range(10)]
-    taken = await asyncio.gather(*(claim.take("", b"", 0) for claim in claims))
+    ten = [claim_on(storage, f"{number}") for number in range(10)]
+    taken = await asyncio.gather(*(claim.take("", b"", 0) for claim in ten))
     assert sum(taken) == 1
-    for claim in claims:
+    for claim in ten:
         await claim.release()
     assert await storage.kind("key") == "free"
 
@@ -273,6 +283,76 @@ async def test_cancelled_while_it_is_taken(storage: Watched) -> None:
     with pytest.raises(asyncio.CancelledError):
         await taking
     assert await storage.kind("key") == "free"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_cancelled_at_every_step(is_there: bool) -> None:
+    """32: cancelled at its n-th step, and at every one after it: what was there before is there again, or a grave."""
+
+    class Slow(Watched):
+        async def write(self, key: str, *args: Any, **options: Any) -> str:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return await super().write(key, *args, **options)
+
+    for steps in range(12):
+        storage = Slow()
+        version = await storage.write("key", b"before") if is_there else ""
+        claim = claim_on(storage, "one")
+        taking = asyncio.create_task(claim.take(version, b"before" if is_there else b"", 0))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        was_done = taking.done()
+        while not taking.done():
+            taking.cancel()
+            await asyncio.sleep(0)
+        if was_done:
+            await claim.release()
+        else:
+            assert taking.cancelled()
+        stat = await storage.stat("key")
+        if is_there:
+            assert await storage.read("key") == b"before"
+        elif stat is not None:
+            assert await storage.kind("key") == "free"
+        assert claim.lost
+        assert claim._timer is None or claim._timer.cancelled()
+
+
+async def test_tokens_grow_whatever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim's token is above that of what it replaces, also where the wall clock was set back."""
+    storage = Watched()
+    first, second = claim_on(storage, "one"), claim_on(storage, "two")
+    assert await first.take("", b"", 0)
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    assert await second.take(first.version, b"", first.token)
+    assert second.token == first.token + 1
+    await first.release()
+    await second.release()
+    header, _ = unpack_header(await storage.read("key"))
+    assert header.token == second.token
+
+
+async def test_a_slow_renewal_counts_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8: what is left of a lease is counted from before the renewal was sent: nobody waits for the next any longer."""
+    storage, clock = Watched(), 0.0
+    monkeypatch.setattr(claims, "now", lambda: clock)
+    claim = claim_on(storage, "one")
+    assert await claim.take("", b"", 0)
+    storage.gate = asyncio.Event()
+    await storage.at_gate.wait()  # the renewal has arrived
+    clock = 0.2
+    storage.gate.set()
+    await until(lambda: claim._timer is not None)
+    assert claim._sent == 0.0
+    storage.gate, storage.at_gate = asyncio.Event(), asyncio.Event()  # and the next one never ends
+    await storage.at_gate.wait()
+    clock = 0.31
+    async with asyncio.timeout(5):
+        assert await claim.settle() == (await MemoryStorage.stat(storage, "key")).version  # type: ignore[union-attr]
+    assert not claim.lost
+    storage.gate = None
+    await claim.release()
 
 
 async def test_what_was_there_is_put_back(storage: Watched) -> None:

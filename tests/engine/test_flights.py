@@ -258,6 +258,23 @@ async def test_a_block_that_joins_the_one_around_it() -> None:
     assert await bare == RECORD
 
 
+async def test_settled_and_cancelled_in_one_step() -> None:
+    """26: who is cancelled in the moment in which its block keeps the key, or the engine closes, disturbs nobody."""
+    room, txn = Room(), transaction()
+    flight = await lead(room, Caller("leader", None, txn))
+    inside = [await waiting(enter(room, Caller(f"{n}", None, txn))) for n in range(2)]
+    outside = [await waiting(enter(room, Caller(f"{n}"))) for n in range(2)]
+    inside[0].cancel()
+    flight.keep(txn, RECORD)
+    assert await inside[1] == RECORD
+    outside[0].cancel()
+    await room.aclose()
+    with pytest.raises(EngineClosedError):
+        await outside[1]
+    assert inside[0].cancelled()
+    assert outside[0].cancelled()
+
+
 # --- cycles
 
 

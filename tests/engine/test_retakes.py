@@ -301,3 +301,77 @@ async def test_a_record_that_could_not_be_read() -> None:
     async with Engine(Blinking(uuid4().hex), Losing(1)):
         assert await one(1) == 1
         assert (await one.run_to_state(1)).name == "Cached"
+
+
+class Slow(MemoryLockManager):
+    """Gives back when it is allowed to; cut off before, it gives back nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.releasing, self.may = asyncio.Event(), asyncio.Event()
+
+    async def _release_lease(self, lease: Lease) -> None:
+        self.releasing.set()
+        await self.may.wait()
+        await super()._release_lease(lease)
+
+
+@pytest.mark.parametrize("how", ["refused", "failed", "committed"])
+async def test_cancelled_while_the_key_is_given_back(how: str) -> None:
+    """30: a run that is cancelled while its key is given back sees that to its end, and the next in line goes on."""
+    storage, locks = MemoryStorage(), Slow()
+    is_first = True
+
+    @task(cache_policy=INPUTS, refresh_cache=True)
+    async def relaxed(x: int) -> str:
+        return "theirs"
+
+    async def there() -> None:
+        async with Engine(MemoryStorage(storage.name)):
+            await relaxed(1)
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> str:
+        nonlocal is_first
+        is_first, first = False, is_first
+        if first and how == "refused":
+            await asyncio.create_task(there(), context=Context())
+        if first and how == "failed":
+            raise ValueError
+        return "mine"
+
+    async with Engine(storage, locks):
+        running, waiting = asyncio.create_task(one(1)), asyncio.create_task(one(1))
+        await locks.releasing.wait()
+        for _ in range(2):
+            running.cancel()
+            await turns(3)
+        assert not running.done()
+        locks.may.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        async with asyncio.timeout(10):
+            assert await waiting == ("theirs" if how == "refused" else "mine")
+        assert not await locks.is_locked(str(await one.cache_key(1)))
+
+
+async def test_the_chunks_of_a_stream_that_is_not_published(side: Side) -> None:
+    """8: of a stream whose record is not published nothing stays: its chunks are removed."""
+    is_first = True
+
+    @task(cache_policy=SERIAL)
+    async def stream(x: int) -> AsyncIterator[int]:
+        nonlocal is_first
+        is_first, first = False, is_first
+        for number in range(3):
+            yield number
+        if first:
+            stranger = Stranger(side)
+            await stranger.take()
+            await stranger.leave()
+            assert await elsewhere(side.way, stream) == [0, 1, 2]
+
+    assert await stream(1) == [0, 1, 2]
+    assert not is_first
+    kept = [stat.key async for stat in side.storage.list("") if stat.key[0] != "."]
+    assert len(kept) == 2  # the other's record, and its one chunk

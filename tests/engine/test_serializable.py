@@ -462,6 +462,25 @@ async def test_lock_timeout(way: Way, where: str) -> None:
         assert await gated(1) == 1
 
 
+async def test_lock_timeout_behind_the_own_process(side: Side) -> None:
+    """B11: who waits in line behind a run of the same engine has the same timeout; that run goes on."""
+    go, inside = asyncio.Event(), asyncio.Event()
+
+    @task(cache_policy=SERIAL.configure(lock_timeout=0.05))
+    async def gated(x: int) -> int:
+        inside.set()
+        await go.wait()
+        return x
+
+    holder = asyncio.create_task(gated(1))
+    await inside.wait()
+    async with asyncio.timeout(10):
+        error = (await gated.run_to_state(1)).error()
+    assert isinstance(error, LockTimeoutError)
+    go.set()
+    assert await holder == 1
+
+
 async def test_lock_timeout_counts_the_whole_wait(side: Side) -> None:
     """lock_timeout is for all of a wait: in line behind others of this process, and then for the holder elsewhere."""
     inside, go = asyncio.Event(), asyncio.Event()
@@ -601,6 +620,59 @@ async def test_a_result_that_cannot_be_stored(side: Side, caplog: Logged) -> Non
     assert counted.runs[1] == 3
     assert caplog.text.count("could not be stored") == 3
     assert await side.is_free(str(await locks.cache_key(1)))
+
+
+class Shy:
+    """A value that cannot be unpickled the second time, and can otherwise; the first is before it is stored."""
+
+    times = 0
+
+    def __setstate__(self, state: object) -> None:
+        Shy.times += 1
+        if Shy.times == 2:
+            raise ValueError("not now")
+
+    def __getstate__(self) -> object:
+        return "state"
+
+
+async def test_a_waiter_that_cannot_read_what_it_is_served(caplog: Logged) -> None:
+    """R5: it says so, and looks for itself when it is its turn; the others are served."""
+    ran = 0
+
+    @task(cache_policy=SERIAL, result_serializer="pickle")
+    async def shy(x: int) -> Shy:
+        nonlocal ran
+        ran += 1
+        await asyncio.sleep(0)
+        return Shy()
+
+    Shy.times = 0
+    async with Engine(MemoryStorage(), MemoryLockManager()):
+        values = await asyncio.gather(*(shy(1) for _ in range(3)))
+    assert all(isinstance(value, Shy) for value in values)
+    assert caplog.text.count("cannot be read") == 2  # once by the log, once by the error in it
+    assert ran == 1
+
+
+async def test_commit_hooks_hold_no_key(side: Side) -> None:
+    """B8: the key of a run outside of any block is free when its record is committed, not after its hooks."""
+    served = asyncio.Event()
+
+    async def waits(txn: transaction) -> None:
+        async with asyncio.timeout(10):
+            await served.wait()
+
+    @task(cache_policy=SERIAL, on_commit=[waits])
+    async def one(x: int) -> int:
+        await asyncio.sleep(0.001)
+        return x
+
+    first, second = asyncio.create_task(one(1)), asyncio.create_task(one(1))
+    assert await second == 1
+    assert await side.is_free(str(await one.cache_key(1)))
+    served.set()
+    assert await first == 1
 
 
 async def test_two_engines_cannot_store_the_result(way: Way) -> None:
@@ -791,6 +863,27 @@ async def test_a_transaction_that_rolls_back(side: Side) -> None:
         assert await side.is_free(str(await one.cache_key(x)))
         assert await one(x) == x
     assert counted.runs == {1: 1, 2: 2}
+
+
+async def test_a_block_keeps_no_key_of_what_it_cannot_store(side: Side) -> None:
+    """R5, B8: where a value cannot be staged the block is broken, and its key another's, though it is still open."""
+
+    @task(cache_policy=SERIAL)
+    async def locks(x: int) -> Any:
+        await asyncio.sleep(0)
+        return threading.Lock()
+
+    async def outside() -> None:
+        async with side.engine, asyncio.timeout(10):
+            await locks(1)
+
+    async def block() -> None:
+        async with side.engine, transaction():
+            await locks(1)
+            await _alone(outside())
+
+    with pytest.raises(CommitError):
+        await _alone(block())
 
 
 async def test_blocks_side_by_side_in_one_block(side: Side) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from lock_places import turns
-from onceflow.locking import LockClosedError, LockUnavailableError, MemoryLockManager
+from onceflow.locking import LockClosedError, LockNotHeldError, LockUnavailableError, MemoryLockManager
 from onceflow.locking._claim import Busy, Claim, patience
 from onceflow.locking._queued import QueuedLockManager
 
@@ -116,6 +116,7 @@ async def test_a_try_listens_to_nothing() -> None:
     async with manager:
         assert await manager.acquire("key", "me", timeout=0) is None
         assert not await manager.wait_until_free("key", timeout=0)
+        assert manager._room.places == {}
     assert manager.asked == ["take", "look"]
 
 
@@ -205,6 +206,8 @@ async def test_acquired_again_while_it_goes_back() -> None:
         again = asyncio.create_task(manager.acquire("key", "me"))
         await turns(3)
         assert not again.done()
+        with pytest.raises(LockNotHeldError, match="nobody"):
+            await manager.release("key", "me")
         manager.gate.set()
         second = await again
         await releasing
@@ -237,6 +240,30 @@ async def test_a_renewal_and_a_release_at_once() -> None:
         assert lease._timer is None
         assert told == []
         assert not lease.lost
+
+
+async def test_lost_once_and_released_once(caplog: pytest.LogCaptureFixture) -> None:
+    """8: whoever finds that a lease is over, its loss is told once, and once given back; so is a release."""
+    time, told = 0.0, list[str]()
+    manager = Written(free)
+    manager.lease_seconds, manager._clock = 30.0, lambda: time
+    async with manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        lease.on_lost(told.append)
+        time = 25.0
+        manager.looks = [free]
+        assert not await manager.is_locked("key")
+        await manager._keep(lease)
+        await lease.release()
+        await turns(5)
+        assert sorted(manager.asked) == ["give back", "look", "take"]
+        assert len(told) == caplog.text.count("lost the lock") == 1
+        second = await manager.acquire("key", "me")
+        assert second is not None
+        await asyncio.gather(second.release(), second.release())
+        await second.release()
+        assert manager.asked[3:] == ["take", "give back"]
 
 
 async def test_a_renewal_that_hangs() -> None:
@@ -440,6 +467,8 @@ async def test_closing_during_a_request() -> None:
                 outcome = (await asyncio.gather(running, return_exceptions=True))[0]
             assert isinstance(outcome, LockClosedError) or outcome is True
             assert manager.held == set()
+            assert manager.asked.count("give back") <= 1
+            manager.asked.clear()
             assert manager._room.places == {}
 
 

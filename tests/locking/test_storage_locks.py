@@ -8,6 +8,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from lock_places import until
 from onceflow.locking import (
     LockAccessError,
     LockConfigurationError,
@@ -256,6 +257,26 @@ async def test_what_is_not_ones_own_is_left_alone() -> None:
         await send_late(Claim("key", "me", 0.0, 1.0))  # cut off before its request began
         await storage.delete(".locks/key")
         assert not await manager._renew(first._claim)
+
+
+async def test_when_a_lease_counts_as_abandoned() -> None:
+    """B10: after 1.1 times the lease that its holder has named and 0.2 s, by the waiter's clock; and not before."""
+    storage = Watched()
+    here, there = StorageLockManager(storage, lease_seconds=30), StorageLockManager(storage, lease_seconds=5)
+    async with here, there:
+        time = 1000.0
+        there._clock = lambda: time
+        assert await here.acquire("key", "me")
+        storage.counts.clear()
+        waiting = asyncio.create_task(there.acquire("key", "you"))
+        for seconds in (0.0, 33.19):
+            time += seconds
+            seen = storage.counts["read"]
+            await until(lambda seen=seen: storage.counts["read"] >= seen + 2)  # type: ignore[misc]
+            assert not waiting.done()
+        time += 0.02
+        async with asyncio.timeout(5):
+            assert await waiting
 
 
 async def test_a_token_outlives_a_lost_answer() -> None:
