@@ -18,7 +18,7 @@ from onceflow.engine import _claims as claims
 from onceflow.engine._claims import Claim
 from onceflow.engine._flights import Flight
 from onceflow.locking import StorageLockManager
-from onceflow.storage import MemoryStorage, StorageUnavailableError
+from onceflow.storage import ConditionsUnsupportedError, MemoryStorage, StorageUnavailableError
 from onceflow.storage._envelope import unpack_header
 from until import until
 
@@ -36,10 +36,16 @@ class Watched(MemoryStorage):
         self.lost_after = 0
         self.gate: asyncio.Event | None = None
         self.at_gate = asyncio.Event()
+        self.is_careless = False
+
+    async def ensure_conditional(self) -> None:
+        if self.is_careless:
+            raise ConditionsUnsupportedError(self.url, "PUT If-None-Match")
 
     async def fetch(self, key: str, *args: Any, **options: Any) -> Any:
         if key[0] not in ".\0":
             self.requests["GET"] += 1
+            self.requests["GET if changed"] += options.get("unless") is not None
             await asyncio.sleep(0)  # as every storage that is further away
         return await super().fetch(key, *args, **options)
 
@@ -61,8 +67,8 @@ class Watched(MemoryStorage):
 
     def asked(self) -> dict[str, int]:
         """What was asked since the last time."""
-        asked, self.requests = dict(self.requests), Counter()
-        return asked
+        asked, self.requests = +self.requests, Counter()
+        return dict(asked)
 
     async def kind(self, key: str) -> str:
         """What lies under the key."""
@@ -154,7 +160,8 @@ async def test_requests_of_a_wait(engine: Engine, storage: Watched, monkeypatch:
     looks = storage.asked()
     go.set()
     assert [*await asyncio.gather(other, *waiters)] == [1] * 201
-    assert looks.keys() == {"GET"}
+    assert looks.keys() == {"GET", "GET if changed"}  # an S3 store answers 304, without a body
+    assert looks["GET if changed"] >= looks["GET"] - 3
     assert looks["GET"] <= len(pauses) + 3
     assert all(claiming.SHORTEST <= pause <= claiming.LONGEST for pause in pauses)
     assert max(pauses) > 0.2
@@ -240,6 +247,7 @@ async def test_commit_during_a_renewal(engine: Engine, storage: Watched) -> None
         return x
 
     assert await one(1) == 1
+    assert storage.asked() == {"GET": 1, "PUT": 3}  # and no look whether it has arrived
     storage.gate = None
     assert await one(1) == 1
     assert ran == 1
@@ -247,12 +255,14 @@ async def test_commit_during_a_renewal(engine: Engine, storage: Watched) -> None
 
 async def test_taken_over(storage: Watched, caplog: Logged) -> None:
     """9: a claim that somebody else has taken over is lost with one warning; releasing it disturbs nobody."""
-    claim, other = claim_on(storage, "one"), claim_on(storage, "two")
+    claim, other = claim_on(storage, "one"), claim_on(storage, "two", lease=30)
     assert await claim.take("", b"", 0)
     assert await other.take(claim.version, b"", claim.token)
     assert other.token > claim.token
     await until(lambda: claim.lost)
+    storage.asked()
     await claim.release()
+    assert storage.asked() == {}
     assert caplog.text.count("was taken over") == 1
     assert not other.lost
     assert await storage.kind("key") == "claim"
@@ -379,6 +389,110 @@ async def test_a_storage_that_is_gone(engine: Engine, storage: Watched, caplog: 
     assert all(isinstance(error, StorageUnavailableError) for error in errors)
     assert [state.result() for state in states[3:]] == [1, 1]
     assert len(engine.flights) == 0
+
+
+async def test_a_claim_that_cannot_be_ended(storage: Watched, caplog: Logged) -> None:
+    """41: where the end of a claim cannot be written that is a warning, and the claim ends with its lease."""
+    claim = claim_on(storage, "one")
+    assert await claim.take("", b"", 0)
+    storage.lost_before = 1
+    await claim.release()
+    assert "It ends with its lease" in caplog.text
+    assert claim.lost
+    assert await storage.kind("key") == "claim"
+
+
+async def test_what_lies_there_is_another(storage: Watched) -> None:
+    """9: a claim of the same number by another holder, or what cannot be read, is not taken for one's own."""
+    for number, holder in ((0, "two"), (1, "one")):
+        claim, other = claim_on(storage, "one"), claim_on(storage, holder, lease=30)
+        assert await claim.take("", b"", 0)
+        await MemoryStorage.delete(storage, "key")
+        assert await other.take("", b"", claim.token + 10**12)
+        other.token = claim.token + number
+        storage.requests.clear()
+        assert await other._write_anew(other._body())
+        claim._is_unsure = True
+        await claim.settle()
+        assert claim.lost
+        await other.release()
+        await MemoryStorage.delete(storage, "key")
+    claim = claim_on(storage, "one")
+    assert await claim.take("", b"", 0)
+    await storage.write("key", b"not to be read")
+    await until(lambda: claim.lost)
+    await claim.release()
+    assert await storage.read("key") == b"not to be read"
+
+
+async def test_a_store_without_conditions(engine: Engine, storage: Watched) -> None:
+    """49: a store that ignores conditions is refused before the first claim is written."""
+    storage.is_careless = True
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        return x
+
+    with pytest.raises(ConditionsUnsupportedError, match="If-None-Match"):
+        await one(1)
+    assert storage.asked() == {"GET": 1}
+
+
+async def test_when_a_claim_counts_as_abandoned(
+    engine: Engine, storage: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B10: after 1.1 times the lease that it names and 0.2 s, by the waiter's clock, and not before. What the dead
+    holder had put aside is there again when the next one fails, and tokens go on though the wall clock stands still."""
+    clock, fails = 1000.0, False
+    monkeypatch.setattr(claiming, "now", lambda: clock)
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> str:
+        if fails:
+            raise ValueError
+        return "first"
+
+    async def token() -> int | None:
+        return unpack_header(await MemoryStorage.read(storage, key))[0].token
+
+    again = one.with_options(refresh_cache=True)
+    key = str(await one.cache_key(1))
+    assert await one(1) == "first"
+    assert await again(1) == "first"
+    assert await token() == 2
+    stat = await storage.stat(key)
+    assert stat is not None
+    dead = Claim(Flight((storage.url, key), None), storage, "dead", "dead", 30, ())
+    assert await dead.take(stat.version, await MemoryStorage.read(storage, key), 2)
+    assert dead._timer is not None
+    dead._timer.cancel()
+    fails = True
+    storage.asked()
+    waiting = asyncio.create_task(again.run_to_state(1))
+    for seconds in (0.0, 33.19):
+        clock += seconds
+        seen = storage.requests["GET"]
+        await until(lambda seen=seen: storage.requests["GET"] >= seen + 2)  # type: ignore[misc]
+        assert not waiting.done()
+    clock += 0.02
+    async with asyncio.timeout(5):
+        assert isinstance((await waiting).error(), ValueError)
+    fails = False
+    assert (await one.run_to_state(1)).name == "Cached"
+    dead = Claim(Flight((storage.url, key), None), storage, "dead", "dead", 30, ())
+    stat = await storage.stat(key)
+    assert stat is not None
+    assert await dead.take(stat.version, b"", 7)
+    assert dead._timer is not None
+    dead._timer.cancel()
+    storage.asked()
+    waiting = asyncio.create_task(one.run_to_state(1))
+    await until(lambda: storage.requests["GET"] >= 3)
+    clock += 40
+    async with asyncio.timeout(5):
+        assert (await waiting).name == "Completed"
+    assert await token() == 9
 
 
 async def test_invalidated_while_it_runs(engine: Engine, storage: Watched, caplog: Logged) -> None:
