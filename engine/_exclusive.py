@@ -149,7 +149,7 @@ async def _take_again(
 ) -> Hit | Miss | None:
     """What another holder has committed, or the miss under which to try again; None where that makes no sense."""
     if held is not None:
-        await uncancelled(held.release())
+        await held.release()  # cut off, it is released once more by `_lead`
     found = await call.run.engine.records.lookup(call.place, call.where[1])
     if isinstance(found, Hit):
         return found if not call.refresh else None

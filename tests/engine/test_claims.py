@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,54 @@ async def test_requests(engine: Engine, storage: Watched) -> None:
     assert storage.asked() == {"GET": 1}
     await one.with_options(refresh_cache=True)(1)
     assert storage.asked() == {"GET": 1, "PUT": 2}
+    hooked = one.with_options(on_commit=[lambda txn: None])
+    await asyncio.gather(*(hooked(3) for _ in range(50)))
+    assert storage.asked() == {"GET": 1, "PUT": 2}
+
+
+async def test_requests_of_what_has_expired(engine: Engine, storage: Watched) -> None:
+    """A record that has expired is replaced for 1 GET and 2 PUTs, too; where that fails it is there as it was."""
+    fails = False
+
+    @task(cache_policy=SERIAL, cache_expiration=timedelta(hours=1))
+    async def one(x: int) -> int:
+        if fails:
+            raise ValueError
+        return x
+
+    await one(1)
+    key = str(await one.cache_key(1))
+    before = await MemoryStorage.read(storage, key)
+    later = engine.clock() + 7200
+    engine.records._clock = engine.clock = lambda: later
+    fails = True
+    storage.asked()
+    await one.run_to_state(1)
+    assert storage.asked() == {"GET": 1, "PUT": 3}  # the third is the failure, under a key of its own
+    assert await MemoryStorage.read(storage, key) == before
+    storage.asked()
+    fails = False
+    await one(1)
+    assert storage.asked() == {"GET": 1, "PUT": 2}
+
+
+async def test_what_cannot_be_read_is_replaced(engine: Engine, storage: Watched) -> None:
+    """19: an object that is no record is no obstacle: the run replaces it; one that fails puts it back."""
+    fails = True
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        if fails:
+            raise ValueError
+        return x
+
+    key = str(await one.cache_key(1))
+    await MemoryStorage.write(storage, key, b"no record")
+    await one.run_to_state(1)
+    assert await MemoryStorage.read(storage, key) == b"no record"
+    fails = False
+    assert await one(1) == 1
+    assert (await one.run_to_state(1)).name == "Cached"
 
 
 async def test_requests_of_a_failure(engine: Engine, storage: Watched) -> None:
@@ -277,6 +326,12 @@ async def test_only_one_takes_it(storage: Watched) -> None:
     for claim in ten:
         await claim.release()
     assert await storage.kind("key") == "free"
+    stat = await storage.stat("key")
+    assert stat is not None
+    taken = await asyncio.gather(*(claim.take(stat.version, b"", 0) for claim in ten))
+    assert sum(taken) == 1
+    for claim in ten:
+        await claim.release()
 
 
 async def test_cancelled_while_it_is_taken(storage: Watched) -> None:
@@ -341,6 +396,57 @@ async def test_tokens_grow_whatever_the_clock_says(monkeypatch: pytest.MonkeyPat
     await second.release()
     header, _ = unpack_header(await storage.read("key"))
     assert header.token == second.token
+    monkeypatch.undo()
+    await MemoryStorage.delete(storage, "key")
+    third = claim_on(storage, "three")
+    assert await third.take("", b"", 0)
+    assert third.token > second.token  # though nothing is there that says how far they were
+    await third.release()
+
+
+async def test_released_during_a_renewal(storage: Watched) -> None:
+    """A claim that is released while it is renewed is not renewed any more: no timer stays."""
+    claim = claim_on(storage, "one")
+    assert await claim.take("", b"", 0)
+    storage.gate = asyncio.Event()
+    await storage.at_gate.wait()
+    releasing = asyncio.create_task(claim.release())
+    await asyncio.sleep(0)
+    gate, storage.gate = storage.gate, None
+    gate.set()
+    await releasing
+    assert await storage.kind("key") == "free"
+    assert claim._timer is not None
+    assert claim._timer.cancelled()
+
+
+async def test_tokens_of_the_engine(
+    engine: Engine, storage: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens go on from graves, records and what has expired, though the wall clock stands still."""
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    fails = True
+
+    @task(cache_policy=SERIAL, cache_expiration=timedelta(hours=1))
+    async def one(x: int) -> int:
+        if fails:
+            raise ValueError
+        return x
+
+    async def token() -> int | None:
+        return unpack_header(await MemoryStorage.read(storage, str(await one.cache_key(1))))[0].token
+
+    await one.run_to_state(1)
+    assert await token() == 1
+    fails = False
+    await one(1)
+    assert await token() == 2
+    later = engine.clock() + 7200
+    engine.records._clock = engine.clock = lambda: later
+    await one(1)
+    assert await token() == 3
+    await one.with_options(refresh_cache=True)(1)
+    assert await token() == 4
 
 
 async def test_a_slow_renewal_counts_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +523,10 @@ async def test_what_lies_there_is_another(storage: Watched) -> None:
         assert claim.lost
         await other.release()
         await MemoryStorage.delete(storage, "key")
+    claim = claim_on(storage, "one")
+    assert await claim.take("", b"", 0)
+    await MemoryStorage.delete(storage, "key")
+    await until(lambda: claim.lost)
     claim = claim_on(storage, "one")
     assert await claim.take("", b"", 0)
     await storage.write("key", b"not to be read")

@@ -85,13 +85,14 @@ def elsewhere(way: Way, call: Any) -> asyncio.Task[Any]:
 
 async def test_nobody_has_committed(side: Side, caplog: Logged) -> None:
     """8: where nobody has committed meanwhile, the value is published under the key that was taken anew; one run."""
-    ran = 0
+    ran, strangers = 0, list[Stranger]()
 
     @task(cache_policy=SERIAL)
     async def one(x: int) -> list[int]:
         nonlocal ran
         ran += 1
         stranger = Stranger(side)
+        strangers.append(stranger)
         await stranger.take()
         await stranger.leave()
         return [ran]
@@ -100,6 +101,8 @@ async def test_nobody_has_committed(side: Side, caplog: Logged) -> None:
     assert await one(1) == [1]
     assert ran == 1
     assert "not published" not in caplog.text
+    old = strangers[0]._held
+    assert not isinstance(old, Claim) or (old._timer is not None and old._timer.cancelled())
     assert await side.is_free(str(await one.cache_key(1)))
 
 

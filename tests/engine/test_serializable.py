@@ -32,6 +32,7 @@ from onceflow.engine import (
 from onceflow.locking import LockTimeoutError, MemoryLockManager, StorageLockManager
 from onceflow.locking import _telling as telling
 from onceflow.storage import MemoryStorage, StorageUnavailableError
+from onceflow.storage._envelope import unpack_header
 from redis_servers import RedisServer
 from serial_ways import WAYS, Side, Way
 from until import until
@@ -778,13 +779,87 @@ async def test_the_same_key_of_another_storage(side: Side) -> None:
 
     @task(cache_policy=SERIAL)
     async def outer(x: int) -> int:
-        return await inner(x) + 1
+        value = await inner(x) + 1
+        assert side.way.claims or await side.locks.is_locked(
+            str(await outer.cache_key(1))
+        )  # it is still ours
+        return value
 
     async with asyncio.timeout(10):
         assert await outer(1) == 2
     assert await inner.cache_key(1) == await outer.cache_key(1)
     assert await side.is_free(str(await outer.cache_key(1)))
     assert not await side.locks.is_locked(str(await outer.cache_key(1)))
+
+
+async def test_the_same_key_of_another_lock_manager() -> None:
+    """15: a lock is lent to a run below only by the lock manager that has granted it."""
+    others = MemoryLockManager()
+    policy = SERIAL.configure(lock_manager=others, lock_timeout=0.05)
+
+    @task(cache_policy=policy, result_storage=MemoryStorage())
+    async def inner(x: int) -> int:
+        return x
+
+    @task(cache_policy=SERIAL)
+    async def outer(x: int) -> int:
+        return await inner(x)
+
+    async with Engine(MemoryStorage(), MemoryLockManager()):
+        assert await others.acquire(str(await inner.cache_key(1)), "stranger")
+        with pytest.raises(LockTimeoutError, match="stranger"):
+            await outer(1)
+
+
+async def test_runs_of_one_name(side: Side) -> None:
+    """B7: two runs that are called the same, in two engines of one process, are two holders all the same."""
+    counted = Counted()
+
+    @task(cache_policy=SERIAL, task_run_name="same")
+    async def one(x: int) -> int:
+        await counted.visit(x, seconds=0.02)
+        raise ValueError
+
+    async def in_other() -> None:
+        async with Side(side.way):
+            await one.run_to_state(1)
+
+    async with side.engine:
+        await asyncio.gather(_alone(in_other()), one.run_to_state(1))
+    assert counted.runs == {1: 2}
+
+
+async def test_a_release_that_fails(caplog: Logged) -> None:
+    """41: a key that cannot be given back is a warning; the result is returned, and the next in line goes on."""
+
+    class Stuck(MemoryLockManager):
+        async def _release_lease(self, lease: Any) -> None:
+            await super()._release_lease(lease)
+            raise RuntimeError("no answer.")
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        await asyncio.sleep(0)
+        return x
+
+    async with Engine(MemoryStorage(), Stuck()):
+        assert [*await asyncio.gather(one(1), one(1))] == [1, 1]
+    assert "no answer. The key is free when its lease ends." in caplog.text
+
+
+async def test_the_record_names_its_token(side: Side) -> None:
+    """4: a record carries the token under which it was written, and tokens grow."""
+
+    @task(cache_policy=SERIAL, refresh_cache=True)
+    async def one(x: int) -> int:
+        return x
+
+    tokens = []
+    for _ in range(3):
+        await one(1)
+        header, _ = unpack_header(await side.storage.read(str(await one.cache_key(1))))
+        tokens.append(header.token or 0)
+    assert 0 < tokens[0] < tokens[1] < tokens[2]
 
 
 async def test_two_flows_in_opposite_order(side: Side) -> None:
@@ -922,6 +997,38 @@ async def test_refreshed_twice_in_a_block(side: Side) -> None:
     assert await one.with_options(refresh_cache=False)(1) == 2
 
 
+async def test_a_keyed_transaction_waits_for_another_process(way: Way) -> None:
+    """4: a keyed block looks again when it has the key: what another has committed is there, and no key is held."""
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def elsewhere() -> None:
+        async with Side(way), transaction(key="own", isolation_level="SERIALIZABLE") as txn:
+            inside.set()
+            await go.wait()
+            txn.stage("theirs")
+
+    other = _alone(elsewhere())
+    await inside.wait()
+    async with Side(way) as side:
+        with pytest.raises(LockTimeoutError):
+            async with transaction(key="own", isolation_level="SERIALIZABLE", lock_timeout=0.05):
+                pass
+        asyncio.get_running_loop().call_later(0.02, go.set)
+        async with transaction(key="own", isolation_level="SERIALIZABLE") as txn:
+            assert txn.is_committed()
+            assert await txn.read() == "theirs"
+            assert len(side.engine.flights) == 0
+            assert not await side.locks.is_locked("own")
+        await other
+        assert await side.locks.acquire("own", "stranger")
+        async with (
+            asyncio.timeout(10),
+            transaction(key="own", isolation_level="SERIALIZABLE") as txn,
+        ):
+            assert txn.is_committed()  # a hit takes no lock
+        await side.locks.release("own", "stranger")
+
+
 async def test_a_keyed_transaction_that_is_cancelled(side: Side) -> None:
     """30: a keyed block that is cancelled while it opens holds nothing, at whatever step that was."""
 
@@ -1037,7 +1144,9 @@ async def test_the_nearest_lock_manager() -> None:
         async with transaction(isolation_level="SERIALIZABLE", lock_manager=named[1]):
             await one.with_options(cache_policy=INPUTS)(3)
         await plain(4)
-    assert used == ["policy", "block", "block", "engine"]
+        async with transaction(lock_manager=named[1]):
+            await one.with_options(cache_policy=SERIAL.configure(lock_manager=named[0]))(5)
+    assert used == ["policy", "block", "block", "engine", "policy"]
 
 
 async def test_a_read_that_fails(caplog: Logged) -> None:
