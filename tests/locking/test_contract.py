@@ -488,6 +488,8 @@ async def test_closing_leaves_others_in_line(make: Make) -> None:
     await closed.aclose()
     with pytest.raises(LockClosedError):
         await theirs
+    lease.check()
+    assert await holder.is_held_by("key", "me")
     await lease.release()
     async with asyncio.timeout(10):
         assert await waiting is not None

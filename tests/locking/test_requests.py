@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from lock_places import turns
-from onceflow.locking import LockClosedError, LockNotHeldError, LockUnavailableError, MemoryLockManager
+from onceflow.locking import Lease, LockClosedError, LockNotHeldError, LockUnavailableError, MemoryLockManager
 from onceflow.locking._claim import Busy, Claim, patience
 from onceflow.locking._queued import QueuedLockManager
 
@@ -39,6 +39,7 @@ class Written(QueuedLockManager):
         self.asked: list[str] = []
         self.held: set[str] = set()
         self.gate: asyncio.Event | None = None
+        self.is_gone = False
 
     @property
     def url(self) -> str:
@@ -57,6 +58,8 @@ class Written(QueuedLockManager):
         self.asked.append("give back")
         if self.gate is not None:
             await self.gate.wait()
+        if self.is_gone:
+            raise LockUnavailableError("release", claim.key, self.url, "it is gone", "Wait.")
         await turns(3)  # as any request takes a while
         self.held.discard(claim.key)
 
@@ -140,6 +143,32 @@ async def test_the_first_watcher_goes() -> None:
         assert manager.asked == ["look", "watch"] * 2 + ["look"]
 
 
+async def test_a_watcher_stays_when_a_waiter_goes() -> None:
+    """27: who watches a key is reached by a message also when the last one who wanted to hold it has gone."""
+    manager = Written(busy, looks=(busy, free))
+    async with manager:
+        watching = asyncio.create_task(manager.wait_until_free("key"))
+        await turns(3)
+        assert await manager.acquire("key", "me", timeout=0) is None
+        manager._freed("key")
+        async with asyncio.timeout(5):
+            assert await watching
+
+
+async def test_a_watcher_is_served_between_two_holders() -> None:
+    """Who watches a key is told that it was free, though the next holder of this process had it in the same step."""
+    async with MemoryLockManager() as manager:
+        await manager.acquire("key", "me")
+        next_one = asyncio.create_task(manager.acquire("key", "you"))
+        watching = asyncio.create_task(manager.wait_until_free("key"))
+        await turns(3)
+        await manager.release("key", "me")
+        assert await next_one
+        async with asyncio.timeout(5):
+            assert await watching
+        assert await manager.is_held_by("key", "you")
+
+
 async def test_nothing_of_a_wait_stays() -> None:
     """A wait that ended leaves no timer behind that would keep its lease alive until it fires."""
     async with MemoryLockManager() as manager:
@@ -192,6 +221,86 @@ async def test_a_lease_counts_from_before_the_request() -> None:
         assert lease is not None
         time = 24.1
         assert lease.lost
+
+
+async def test_a_release_that_is_cut_off() -> None:
+    """30: a release that is cancelled on its way is sent once more, to its end, before the cancellation goes on."""
+    manager = Written(free)
+    async with manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        manager.gate = asyncio.Event()
+        releasing = asyncio.create_task(lease.release())
+        await turns(3)
+        for _ in range(3):
+            releasing.cancel()
+            await turns(3)
+        assert not releasing.done()
+        assert not manager._room.places["key"].empty
+        manager.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await releasing
+        assert manager.asked == ["take", "give back", "give back"]
+        assert manager.held == set()
+        assert manager._room.places == {}
+
+
+async def test_a_release_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """41: a release that cannot be sent is an error, after a block or a close a warning; the next in line asks."""
+    manager = Written(free)
+    lease = await manager.acquire("key", "me")
+    assert lease is not None
+    waiting = asyncio.create_task(manager.acquire("key", "you"))
+    await turns(3)
+    manager.is_gone = True
+    manager.held.clear()  # as when its lease ends
+    with pytest.raises(LockUnavailableError):
+        await lease.release()
+    async with asyncio.timeout(5):
+        assert await waiting
+    async with manager.lock("other"):
+        pass
+    assert caplog.text.count("free when its lease ends") == 1
+    await manager.aclose()
+    assert caplog.text.count("free when its lease ends") == 2
+
+
+async def test_blocks_that_overlap() -> None:
+    """L2: of two blocks of one holder the last to end frees the key, also where that began last."""
+    async with MemoryLockManager() as manager:
+        first, second = manager.lock("key", "me"), manager.lock("key", "me")
+        await first.__aenter__()
+        await second.__aenter__()
+        await first.__aexit__()
+        assert await manager.is_held_by("key", "me")
+        await second.__aexit__()
+        assert not await manager.is_locked("key")
+
+
+async def test_who_is_told_of_a_loss() -> None:
+    """Nobody is told of a lease that was released; who is cancelled while it waits for a loss leaves nothing behind."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    manager = Written(free)
+    async with manager:
+        told: list[str] = []
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        waiting = [asyncio.create_task(lease.wait_lost()) for _ in range(2)]
+        await turns(2)
+        waiting[0].cancel()
+        await turns(2)
+        assert len(lease._callbacks) == 1
+        manager._expire(lease, "so it is")
+        waiting[1].cancel()
+        await turns(5)
+        assert all(task.cancelled() for task in waiting)
+        second = await manager.acquire("key", "me")
+        assert second is not None
+        await second.release()
+        second.on_lost(told.append)
+        assert told == []
+    assert complaints == []
 
 
 async def test_acquired_again_while_it_goes_back() -> None:
@@ -330,7 +439,14 @@ async def test_granted_to_nobody() -> None:
             first.cancel()
             await turns(3)
         assert not first.done()
+        manager.gate = asyncio.Event()
         gate.set()
+        await turns(5)
+        assert manager.asked == ["take", "give back"]
+        first.cancel()  # once more, while it is given back
+        await turns(3)
+        assert not first.done()
+        manager.gate.set()
         with pytest.raises(asyncio.CancelledError):
             await first
         assert manager.asked[:2] == ["take", "give back"]
@@ -370,6 +486,36 @@ async def test_granted_to_the_other_task_of_its_holder() -> None:
             asked.clear()
             gate.clear()
             await asyncio.wait([first, second])
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+async def test_a_request_that_never_begins() -> None:
+    """30: a request whose own task is cancelled before it begins leaves nobody waiting."""
+    manager = Written(free)
+    async with manager:
+        before = asyncio.all_tasks()
+        running = asyncio.create_task(manager.acquire("key", "me"))
+        await turns(1)
+        for task in asyncio.all_tasks() - before - {running}:
+            task.cancel()
+        async with asyncio.timeout(5):
+            outcome = (await asyncio.gather(running, return_exceptions=True))[0]
+        assert isinstance(outcome, (asyncio.CancelledError, Lease))  # from Python 3.12 it begins at once
+
+
+async def test_closing_waits_for_what_nobody_waits_for() -> None:
+    """A manager is closed when what it undoes by itself is undone."""
+    manager = Written(free)
+    lease = await manager.acquire("key", "me")
+    assert lease is not None
+    manager.gate = asyncio.Event()
+    manager._expire(lease, "so it is")
+    closing = asyncio.create_task(manager.aclose())
+    await turns(5)
+    assert not closing.done()
+    manager.gate.set()
+    await closing
+    assert manager.held == set()
 
 
 async def test_a_request_that_is_cut_off() -> None:

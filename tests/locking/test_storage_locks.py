@@ -8,7 +8,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from lock_places import until
+from lock_places import turns, until
 from onceflow.locking import (
     LockAccessError,
     LockConfigurationError,
@@ -206,8 +206,12 @@ async def test_store_without_conditions() -> None:
         assert storage.counts["write"] == 0
 
 
+NEWER = msgpack.packb([2, False, 1, "", b"", 0.1, "newer"])
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"\xc1", b"half a lo", msgpack.packb([2, "newer"]), msgpack.packb({"a": 1}), b"\x97" * 50]
+    "body",
+    [b"", b"\xc1", b"half a lo", msgpack.packb([2, "newer"]), NEWER, msgpack.packb({"a": 1}), b"\x97" * 50],
 )
 async def test_unreadable_object(body: bytes) -> None:
     """19: an object that cannot be read is a held lock, and free when it stays so for a lease."""
@@ -219,6 +223,26 @@ async def test_unreadable_object(body: bytes) -> None:
         lease = await manager.acquire("key", "me", timeout=5)
         assert lease is not None
         await lease.release()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_only_one_of_many(is_there: bool) -> None:
+    """6: of ten that have read the same object, or none, one gets the lock."""
+
+    class Slow(Watched):
+        async def write(self, *args: Any, **options: Any) -> str:
+            await turns(20)
+            return await super().write(*args, **options)
+
+    storage = Slow()
+    ten = [StorageLockManager(storage) for _ in range(10)]
+    if is_there:
+        async with ten[0].lock("key"):
+            pass
+    leases = await asyncio.gather(*(one.acquire("key", "me", timeout=0) for one in ten))
+    assert sum(lease is not None for lease in leases) == 1
+    for one in ten:
+        await one.aclose()
 
 
 async def test_the_same_holder_elsewhere_waits() -> None:
