@@ -260,7 +260,9 @@ async def test_a_renewal_without_an_answer(storage: Watched, caplog: Logged) -> 
         await until(lambda claim=claim, version=version: claim.version != version)  # type: ignore[misc]
         assert not claim.lost
         assert caplog.text.count("could not be renewed") == 1
+        storage.asked()
         assert await claim.settle() == (await storage.stat("key") or stat).version  # type: ignore[union-attr]
+        assert storage.asked() == {}  # it is sure again
         await claim.release()
         assert await storage.kind("key") == "free"
 
@@ -455,15 +457,16 @@ async def test_a_slow_renewal_counts_from_its_beginning(monkeypatch: pytest.Monk
     monkeypatch.setattr(claims, "now", lambda: clock)
     claim = claim_on(storage, "one")
     assert await claim.take("", b"", 0)
+    clock = 5.0
     storage.gate = asyncio.Event()
     await storage.at_gate.wait()  # the renewal has arrived
-    clock = 0.2
+    clock = 5.2
     storage.gate.set()
     await until(lambda: claim._timer is not None)
-    assert claim._sent == 0.0
+    assert claim._sent == 5.0
     storage.gate, storage.at_gate = asyncio.Event(), asyncio.Event()  # and the next one never ends
     await storage.at_gate.wait()
-    clock = 0.31
+    clock = 5.31
     async with asyncio.timeout(5):
         assert await claim.settle() == (await MemoryStorage.stat(storage, "key")).version  # type: ignore[union-attr]
     assert not claim.lost
@@ -573,14 +576,14 @@ async def test_when_a_claim_counts_as_abandoned(
     assert await token() == 2
     stat = await storage.stat(key)
     assert stat is not None
-    dead = Claim(Flight((storage.url, key), None), storage, "dead", "dead", 30, ())
+    dead = Claim(Flight((storage.url, key), None), storage, "dead", "dead", 40, ())
     assert await dead.take(stat.version, await MemoryStorage.read(storage, key), 2)
     assert dead._timer is not None
     dead._timer.cancel()
     fails = True
     storage.asked()
     waiting = asyncio.create_task(again.run_to_state(1))
-    for seconds in (0.0, 33.19):
+    for seconds in (0.0, 44.19):
         clock += seconds
         seen = storage.requests["GET"]
         await until(lambda seen=seen: storage.requests["GET"] >= seen + 2)  # type: ignore[misc]
@@ -623,6 +626,21 @@ async def test_invalidated_while_it_runs(engine: Engine, storage: Watched, caplo
     assert await running == 1
     assert "its result is not published" in caplog.text
     assert await storage.stat(str(await one.cache_key(1))) is None
+
+
+async def test_a_lock_that_lies_elsewhere(storage: Watched) -> None:
+    """A lock manager over another storage than the records' keeps its locks there: nothing is claimed in a record."""
+    elsewhere = MemoryStorage()
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        key = str(await one.cache_key(1))
+        assert await storage.stat(key) is None
+        assert await elsewhere.stat(f".locks/{key}") is not None
+        return x
+
+    async with Engine(storage, StorageLockManager(elsewhere)):
+        assert await one(1) == 1
 
 
 async def test_key_functions_are_exclusive_too(storage: Watched) -> None:

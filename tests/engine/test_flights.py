@@ -253,7 +253,7 @@ async def test_a_block_of_a_run_that_leads() -> None:
     leader = Caller("leader")
     flight = await lead(room, leader)
     block, inner = transaction(key="key"), transaction(key="key")
-    block.run, inner.parent, inner.run = leader, block, leader  # type: ignore[assignment]
+    block.run, inner.parent, inner.run = leader, block, leader
     assert await enter(room, block) == Inside(flight)
     assert await enter(room, inner) == Inside(flight)
 

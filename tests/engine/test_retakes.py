@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextvars import Context
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -174,6 +175,29 @@ async def test_a_writer_that_asks_for_no_lock(side: Side) -> None:
     assert not await side.locks.is_locked(key)
 
 
+async def test_what_is_there_by_then_has_expired(side: Side) -> None:
+    """8: the value replaces what lies there when the key was taken anew, not what lay there first."""
+    ran = 0
+
+    @task(cache_policy=INPUTS, refresh_cache=True, cache_expiration=timedelta(seconds=-1))
+    async def brief(x: int) -> str:
+        return "theirs"
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> str:
+        nonlocal ran
+        ran += 1
+        stranger = Stranger(side)
+        await stranger.take()
+        await stranger.leave()
+        await elsewhere(side.way, brief)
+        return "mine"
+
+    assert await one(1) == "mine"
+    assert await one(1) == "mine"
+    assert ran == 1
+
+
 async def test_a_refresh_keeps_its_own(side: Side, caplog: Logged) -> None:
     """8: a refresh that was overtaken returns what it has computed itself, which is what was asked for."""
     ran: list[str] = []
@@ -311,7 +335,11 @@ class Slow(MemoryLockManager):
 
     def __init__(self) -> None:
         super().__init__()
-        self.releasing, self.may = asyncio.Event(), asyncio.Event()
+        self.releasing, self.may, self.asked = asyncio.Event(), asyncio.Event(), 0
+
+    async def acquire(self, *args: Any, **options: Any) -> Lease | None:
+        self.asked += 1
+        return await super().acquire(*args, **options)
 
     async def _release_lease(self, lease: Lease) -> None:
         self.releasing.set()
@@ -355,6 +383,9 @@ async def test_cancelled_while_the_key_is_given_back(how: str) -> None:
             await running
         async with asyncio.timeout(10):
             assert await waiting == ("theirs" if how == "refused" else "mine")
+        assert locks.asked == (
+            2 if how == "failed" else 1
+        )  # the next one is woken when the key is free, not before
         assert not await locks.is_locked(str(await one.cache_key(1)))
 
 

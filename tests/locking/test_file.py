@@ -311,7 +311,7 @@ async def test_a_file_that_is_another_by_now(tmp_path: Path, monkeypatch: pytest
     async with FileLockManager(tmp_path) as one, FileLockManager(tmp_path) as other:
         async with one.lock("key"):
             pass
-        works, leases = file._try_lock, []
+        works, leases = file._try_lock, list[Claim]()
 
         def later(fd: int, kind: int | None = None) -> bool:
             monkeypatch.setattr(file, "_try_lock", works)

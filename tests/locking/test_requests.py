@@ -27,6 +27,10 @@ async def busy() -> Busy | None:
     return Busy("somebody", FAR)
 
 
+async def gone() -> Busy | None:
+    raise LockUnavailableError("acquire", "key", "written://down", "it is gone", "Wait.")
+
+
 class Written(QueuedLockManager):
     """Answers requests as it was told, one after the other; the last answer for good. Notes what is asked."""
 
@@ -263,6 +267,25 @@ async def test_a_release_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("free when its lease ends") == 1
     await manager.aclose()
     assert caplog.text.count("free when its lease ends") == 2
+
+
+async def test_a_hold_timeout_that_its_loop_does_not_end() -> None:
+    """B10: who is next, or watches, sees for itself that a hold_timeout is over, if the holder's loop stands still."""
+    async with MemoryLockManager() as manager:
+        told: list[str] = []
+        await manager.acquire("key", "me")
+        first = asyncio.create_task(manager.acquire("key", "you", hold_timeout=0.05))
+        second = asyncio.create_task(manager.acquire("key", "him", hold_timeout=0.05))
+        await turns(3)
+        await manager.release("key", "me")
+        async with asyncio.timeout(5):
+            for waiting in (first, second):
+                lease = await waiting
+                assert lease is not None
+                lease.on_lost(told.append)
+                lease._stop()  # the timer of its loop
+            assert await manager.wait_until_free("key")
+        assert len(told) == 2
 
 
 async def test_blocks_that_overlap() -> None:
@@ -590,7 +613,7 @@ async def test_a_server_that_is_gone_is_gone_for_all() -> None:
 
 async def test_closing_during_a_request() -> None:
     """A manager that is closed while a request is under way says so to who asked, whatever the request ends with."""
-    for ends in (free, busy):
+    for ends in (free, busy, gone):
         gate, asked = asyncio.Event(), asyncio.Event()
 
         async def slow(gate: asyncio.Event = gate, asked: asyncio.Event = asked, ends: Answer = ends) -> Any:
@@ -598,23 +621,27 @@ async def test_closing_during_a_request() -> None:
             await gate.wait()
             return await ends()
 
-        manager = Written(slow, looks=(slow,))
-        for waiting in (manager.acquire("key", "me"), manager.wait_until_free("key")):
-            manager._closed = False
+        for is_watching in (False, True):
+            manager = Written(slow, looks=(slow,))
             asked.clear()
             gate.clear()
-            running = asyncio.ensure_future(waiting)
+            running = [
+                asyncio.ensure_future(
+                    manager.wait_until_free("key") if is_watching else manager.acquire("key", "me")
+                )
+                for _ in range(2)
+            ]
             await asked.wait()
             closing = asyncio.create_task(manager.aclose())
             await turns(3)
             gate.set()
             async with asyncio.timeout(5):
                 await closing
-                outcome = (await asyncio.gather(running, return_exceptions=True))[0]
-            assert isinstance(outcome, LockClosedError) or outcome is True
+                outcomes = await asyncio.gather(*running, return_exceptions=True)
+            assert all(isinstance(outcome, LockClosedError) or outcome is True for outcome in outcomes)
+            assert is_watching or True not in outcomes
             assert manager.held == set()
             assert manager.asked.count("give back") <= 1
-            manager.asked.clear()
             assert manager._room.places == {}
 
 
