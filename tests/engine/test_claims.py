@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +38,7 @@ class Watched(MemoryStorage):
         self.gate: asyncio.Event | None = None
         self.at_gate = asyncio.Event()
         self.is_careless = False
+        self.first: Callable[[], Awaitable[None]] | None = None
 
     async def ensure_conditional(self) -> None:
         if self.is_careless:
@@ -54,6 +55,9 @@ class Watched(MemoryStorage):
         if key[0] in ".\0":
             return await super().write(key, *args, **options)
         self.requests["PUT"] += 1
+        if self.first is not None:
+            first, self.first = self.first, None
+            await first()
         if self.lost_before:
             self.lost_before -= 1
             raise StorageUnavailableError("write", key, self.url, "no answer", "Wait.")
@@ -554,8 +558,11 @@ async def test_a_store_without_conditions(engine: Engine, storage: Watched) -> N
 async def test_when_a_claim_counts_as_abandoned(
     engine: Engine, storage: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B10: after 1.1 times the lease that it names and 0.2 s, by the waiter's clock, and not before. What the dead
-    holder had put aside is there again when the next one fails, and tokens go on though the wall clock stands still."""
+    """B10: after 1.1 times the lease that it names and 0.2 s without a renewal, by the waiter's clock; not before.
+
+    Of two who wait for that the second begins to wait anew. What the dead holder had put aside is there again when
+    the next one fails, and tokens go on though the wall clock stands still.
+    """
     clock, fails = 1000.0, False
     monkeypatch.setattr(claiming, "now", lambda: clock)
     monkeypatch.setattr(time, "time_ns", lambda: 0)
@@ -583,12 +590,27 @@ async def test_when_a_claim_counts_as_abandoned(
     fails = True
     storage.asked()
     waiting = asyncio.create_task(again.run_to_state(1))
-    for seconds in (0.0, 44.19):
+    for seconds in (0.0, 30.0, 44.19):
         clock += seconds
+        if seconds == 30.0:
+            assert await dead._write_anew(dead._body())  # it is alive: all of the lease begins anew
         seen = storage.requests["GET"]
         await until(lambda seen=seen: storage.requests["GET"] >= seen + 2)  # type: ignore[misc]
         assert not waiting.done()
+    other = Claim(Flight((storage.url, key), None), storage, "other", "other", 40, ())
+
+    async def is_faster() -> None:
+        assert await other.take(dead.version, dead._before, dead.token)
+        assert other._timer is not None
+        other._timer.cancel()
+
+    storage.first = is_faster
     clock += 0.02
+    await until(lambda: other.version != "")
+    seen = storage.requests["GET"]
+    await until(lambda: storage.requests["GET"] >= seen + 3)
+    assert not waiting.done()  # it was not the first, and the lease of who was has just begun
+    clock += 44.21
     async with asyncio.timeout(5):
         assert isinstance((await waiting).error(), ValueError)
     fails = False

@@ -811,6 +811,24 @@ async def test_the_same_key_of_another_lock_manager() -> None:
             await outer(1)
 
 
+async def test_the_lock_of_another_key_is_not_lent() -> None:
+    """15: a run that holds one key waits for another one like everybody."""
+    locks = MemoryLockManager()
+
+    @task(cache_policy=SERIAL.configure(lock_timeout=0.05))
+    async def inner(x: int) -> int:
+        return x
+
+    @task(cache_policy=SERIAL)
+    async def outer(x: int) -> int:
+        return await inner(x + 1)
+
+    async with Engine(MemoryStorage(), locks):
+        assert await locks.acquire(str(await inner.cache_key(2)), "stranger")
+        with pytest.raises(LockTimeoutError, match="stranger"):
+            await outer(1)
+
+
 async def test_runs_of_one_name(side: Side) -> None:
     """B7: two runs that are called the same, in two engines of one process, are two holders all the same."""
     counted = Counted()
