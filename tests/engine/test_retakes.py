@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 from lock_places import turns
-from onceflow.engine import INPUTS, Engine, task
+from onceflow.engine import INPUTS, CommitError, Engine, task, transaction
 from onceflow.engine._claims import Claim
 from onceflow.engine._exclusive import RETAKES
 from onceflow.engine._flights import Flight
@@ -409,3 +409,34 @@ async def test_the_chunks_of_a_stream_that_is_not_published(side: Side) -> None:
     assert not is_first
     kept = [stat.key async for stat in side.storage.list("") if stat.key[0] != "."]
     assert len(kept) == 2  # the other's record, and its one chunk
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("how", ["lost", "written"])
+async def test_a_block_that_lost_a_key(side: Side, members: int, how: str) -> None:
+    """8, 6: a block is refused as a whole where one of its keys was lost, or written by somebody else meanwhile."""
+
+    @task(cache_policy=INPUTS, refresh_cache=True)
+    async def relaxed(x: int) -> str:
+        return "theirs"
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> str:
+        return "mine"
+
+    async def block() -> None:
+        async with transaction():
+            await one(1)
+            if how == "lost":
+                stranger = Stranger(side)
+                await stranger.take()
+                await stranger.leave()
+            else:
+                await elsewhere(side.way, relaxed)
+            if members == 2:
+                await one(2)
+
+    with pytest.raises(CommitError, match=str(await one.cache_key(1))):
+        await block()
+    assert await side.storage.stat(str(await one.cache_key(2))) is None or side.way.claims
+    assert await one(1) == ("mine" if how == "lost" else "theirs")

@@ -225,6 +225,20 @@ async def test_unreadable_object(body: bytes) -> None:
         await lease.release()
 
 
+async def test_no_object_comes_back() -> None:
+    """2.1: two writes of one claim differ, so that where a version is a hash of the content none comes back."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        bodies = {await storage.read(".locks/key")}
+        for _ in range(3):
+            manager._lease_of_claim = lambda claim: 30.0  # type: ignore[method-assign]  # to the last digit
+            assert await manager._renew(lease._claim)
+            bodies.add(await storage.read(".locks/key"))
+        assert len(bodies) == 4
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 async def test_only_one_of_many(is_there: bool) -> None:
     """6: of ten that have read the same object, or none, one gets the lock."""
