@@ -1167,6 +1167,43 @@ async def test_the_nearest_lock_manager() -> None:
     assert used == ["policy", "block", "block", "engine", "policy"]
 
 
+@pytest.mark.parametrize("ends", ["commit", "roll back", "cancel"])
+async def test_keys_are_freed_in_order(ends: str) -> None:
+    """B8: a block frees its keys in the order in which it took them, each once, however it ends."""
+    freed: list[str] = []
+
+    class Noting(MemoryLockManager):
+        async def _release_lease(self, lease: Any) -> None:
+            freed.append(lease.key)
+            await super()._release_lease(lease)
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        return x
+
+    async with Engine(MemoryStorage(), Noting()):
+        inside = asyncio.Event()
+
+        async def block() -> None:
+            async with transaction():
+                async with transaction():
+                    await one(1)
+                    await one(2)
+                await one(3)
+                if ends == "roll back":
+                    raise KeyError
+                if ends == "cancel":
+                    inside.set()
+                    await asyncio.Event().wait()
+
+        running = asyncio.create_task(block())
+        if ends == "cancel":
+            await inside.wait()
+            running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert freed == [await one.cache_key(x) for x in (1, 2, 3)]
+
+
 async def test_a_read_that_fails(caplog: Logged) -> None:
     """B8: where the record cannot be read, the run fails or goes on, but no lock remains."""
 
