@@ -138,8 +138,6 @@ class Claim:
             try:
                 self.version = await self._storage.write(self._key, body, if_version=self.version)  # type: ignore[arg-type]
             except ConditionFailedError:
-                if self._is_unsure:
-                    return False
                 self._is_unsure = True  # the answer to an earlier write may have been lost
             else:
                 self._is_unsure = False
@@ -153,7 +151,7 @@ class Claim:
             header, _ = unpack_header(stored.data, signing_keys=self._signing_keys)
         except (ObjectNotFoundError, RecordError):
             return False
-        if (header.kind, header.token, header.extra.get("holder")) != ("claim", self.token, self._holder):
+        if (header.token, header.extra.get("holder")) != (self.token, self._holder):
             return False
         self.version = stored.version
         return True
@@ -178,7 +176,6 @@ class Claim:
                 self._timer.cancel()
         if self._is_unsure and not self._is_over and not await self._find():
             self._is_over = True
-        self._is_unsure = False
         return self.version
 
     async def release(self, *, committed: bool = False) -> None:

@@ -81,8 +81,9 @@ async def _lead(call: Call, manager: LockManager, flight: Flight, patience: Pati
     finally:
         txn, held = run.transaction, flight.held
         if held is not None and written is not None and txn is not None and txn.joins:
-            txn.held.append(held)  # until the outcome
-            flight.keep(txn, txn.staged(call.where))
+            txn.held.append(
+                held
+            )  # until the outcome; it is the run's own, and about to join the block around
         else:
             try:
                 if held is not None:
@@ -147,16 +148,15 @@ async def _take_again(
     patience: Patience,
 ) -> Hit | Miss | None:
     """What another holder has committed, or the miss under which to try again; None where that makes no sense."""
-    flight.held = None
     if held is not None:
-        await uncancelled(held.release())
+        await held.release()  # cut off, it is released once more by `_lead`
     found = await call.run.engine.records.lookup(call.place, call.where[1])
     if isinstance(found, Hit):
         return found if not call.refresh else None
     if found.version == ABSENT and (isinstance(held, Claim) or miss.version not in (ABSENT, ANY)):
         return None  # invalidated since: what was computed before must not come back
     try:
-        return await _take(call, manager, flight, Miss(found.reason, found.header), patience)
+        return await _take(call, manager, flight, found, patience)
     except Exception as error:  # the value is there, and must not be lost for want of a lock
         logger.warning("%s %r - the key could not be had again: %s", call.run.kind, call.run.name, error)
         return None

@@ -82,7 +82,6 @@ class Flight:
                     self._settle(waiter, error)
 
     def _settle(self, waiter: asyncio.Future[Any], outcome: Any) -> None:
-        del self.waiters[waiter]
         if waiter.done():
             return
         if isinstance(outcome, Exception):

@@ -32,6 +32,11 @@ def _where(txn: transaction, place: Place) -> Where:
     return place.records.url, txn.key
 
 
+def is_own(txn: transaction, where: Where) -> bool:
+    """Whether it is the transaction's own record that lies under an object's name."""
+    return txn.key == where[1] and _where(txn, place_of(txn)) == where
+
+
 def stage(txn: transaction, value: Any) -> None:
     """See `transaction.stage`."""
     if txn.key is None:

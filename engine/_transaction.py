@@ -18,7 +18,7 @@ from ._context import Run, current_run, current_transaction, new_id
 from ._engine import Engine, current_engine
 from ._errors import CommitError, ConfigurationError, NoValueError
 from ._flights import Flight, Served
-from ._keyed import open_keyed, read, stage
+from ._keyed import is_own, open_keyed, read, stage
 from ._locks import Held
 from ._options import check_locking
 from ._outcome import Staged, call_hooks, write
@@ -314,7 +314,13 @@ class transaction:
             staged = staged._replace(
                 expect=earlier.expect, exclusive=earlier.exclusive, replaces=earlier.replaces
             )
+        elif earlier is None and self._insists(where):  # a task's, whose key this block holds as its own
+            staged = staged._replace(expect=self.expectation[0], exclusive=True)
         self._staged[where] = staged
+
+    def _insists(self, where: Where) -> bool:
+        """Whether it is the own record, and its key held, so that the commit replaces what was seen or nothing."""
+        return self.expectation[1] and is_own(self, where)
 
     def add_run(self, run: Run, hooks: dict[str, list[Callable[..., Any]]]) -> None:
         """A completed run takes part in the outcome: its hooks, and its state RolledBack."""
@@ -354,6 +360,8 @@ class transaction:
             if (staged := at._staged.pop(where, None)) is not None:
                 at._waste(staged)
                 dropped = True
+            if at._insists(where):
+                at.expectation = (ANY, False)  # what was seen is about to be removed
             at = None if at.independent else at.parent
         return dropped
 
@@ -404,6 +412,8 @@ class transaction:
         while at is not None:
             for where in self._staged.keys() & at._staged.keys():
                 at._staged[where] = at._staged[where]._replace(expect=ANY, exclusive=False)
+            if any(map(at._insists, self._staged)):
+                at.expectation = (ANY, False)
             at = at.parent
 
     async def roll_back(self) -> None:

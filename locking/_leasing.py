@@ -141,12 +141,7 @@ class LeasingLockManager(LockManager):
                 "The event loop that renews the lock %r for %r stood still for %.1f s of its %g s: something "
                 "blocks it. Move that work to a thread.", lease.key, lease.holder, late, self.lease_seconds,
             )  # fmt: skip
-        if lease.lost:
-            self._expire(lease)
-        elif self._clock() >= lease._hold_until - 0.001:  # timers may fire a moment early
-            self._expire(lease, HOLD_OVER)
-        elif lease._over is None:
-            start(self._keep(lease), self._tasks)
+        start(self._keep(lease), self._tasks)
 
     async def _keep(self, lease: Lease) -> None:
         """Renew once, however many requests that takes, and plan the next time; or notice that it is over."""
@@ -189,7 +184,7 @@ class LeasingLockManager(LockManager):
             self._give_back_now(lease._claim)
         self._vacate(lease)
         if self._suspends:
-            self._undo_on(asyncio._get_running_loop() or lease._loop, lease._claim)
+            start(self._undo(lease._claim), self._tasks)
 
     def _give_back_now(self, claim: Claim) -> None:
         """`_give_back` of a manager whose requests do not suspend, where nothing can be awaited."""
@@ -224,16 +219,6 @@ class LeasingLockManager(LockManager):
         ended = await see_through(self._give_back(claim))
         if ended.error is not None:
             logger.warning("%s Nobody may hold it until its lease ends.", ended.error)
-
-    def _undo_on(self, loop: asyncio.AbstractEventLoop | None, claim: Claim) -> None:
-        """Undo on a loop, from any thread; if it is closed, the end of the lease does it."""
-        if loop is not None and asyncio._get_running_loop() is loop:
-            start(self._undo(claim), self._tasks)
-        elif loop is not None:
-            try:
-                loop.call_soon_threadsafe(lambda: start(self._undo(claim), self._tasks))
-            except RuntimeError:
-                pass
 
     def _vacate(self, lease: Lease) -> None:
         with self._room.guard:

@@ -74,8 +74,6 @@ class QueuedLockManager(LeasingLockManager):
     def _standing(self, place: Place, ticket: Ticket) -> tuple[bool, float, Busy | None]:
         """Whether the ticket may make a request now, when it must look again (loop time), and who is before it."""
         with self._room.guard:
-            if ticket.lease is not None:
-                return False, math.inf, None
             self._check_open()
             if ticket.error is not None:
                 raise ticket.error

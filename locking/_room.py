@@ -33,7 +33,6 @@ class Ticket:
         try:
             await self.future
         finally:
-            self.future = None
             if timer is not None:
                 timer.cancel()
 

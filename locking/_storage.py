@@ -93,7 +93,7 @@ class StorageLockManager(QueuedLockManager):
             self._probed = True
 
     async def _take(self, claim: Claim) -> Busy | None:
-        claim.nonce = claim.nonce or uuid.uuid4().hex
+        claim.nonce = uuid.uuid4().hex
         busy: Busy | None = await self._within("acquire", claim.key, self._taken(claim))
         return busy
 
@@ -102,7 +102,7 @@ class StorageLockManager(QueuedLockManager):
         while True:
             try:
                 found = await self._read(claim.key)
-                if found is not None and found.lock.nonce == claim.nonce and found.lock.held:
+                if found is not None and found.lock.nonce == claim.nonce:
                     claim.handle, claim.token = (
                         found.version,
                         found.lock.token,
@@ -124,16 +124,14 @@ class StorageLockManager(QueuedLockManager):
                 await asyncio.sleep(pause)
 
     async def _renew(self, claim: Claim) -> bool:
-        body = _pack(True, claim.token, claim.nonce, self._lease_of_claim(claim), claim.holder)
-        kept: bool = await self._within("renew", claim.key, self._rewritten(claim, body))
+        kept: bool = await self._within("renew", claim.key, self._rewritten(claim, True))
         return kept
 
     async def _give_back(self, claim: Claim) -> None:
         if claim.nonce:  # else no request was made
-            body = _pack(False, claim.token, claim.nonce, self.lease_seconds, claim.holder)
-            await self._within("release", claim.key, self._rewritten(claim, body))
+            await self._within("release", claim.key, self._rewritten(claim, False))
 
-    async def _rewritten(self, claim: Claim, body: bytes) -> bool:
+    async def _rewritten(self, claim: Claim, held: bool) -> bool:
         """Write anew what the claim wrote before; False if the object is somebody else's by now."""
         version = claim.handle
         while True:
@@ -142,9 +140,10 @@ class StorageLockManager(QueuedLockManager):
                 if found is None or found.lock.nonce != claim.nonce or not found.lock.held:
                     return False
                 version, claim.token = found.version, found.lock.token
+            body = _pack(held, claim.token, claim.nonce, self._lease_of_claim(claim), claim.holder)
             try:
                 claim.handle = await self.storage.write(_name(claim.key), body, if_version=version)
-            except (ConditionFailedError, ObjectNotFoundError):
+            except ConditionFailedError:
                 version = None
             else:
                 return True
@@ -177,7 +176,6 @@ class StorageLockManager(QueuedLockManager):
         try:
             stored = await self.storage.fetch(_name(key), unless=seen.version if seen else None)
         except ObjectNotFoundError:
-            self._seen.pop(key, None)
             return None
         if stored is None:
             assert seen is not None

@@ -168,9 +168,12 @@ async def test_the_lead_comes_before_the_timeout() -> None:
     flight = await lead(room, Caller("leader"))
     first = await waiting(enter(room, Caller("first"), timeout=0))
     second = await waiting(enter(room, Caller("second")))
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     room.finish(flight, None)
     assert await first == Lead(flight)
     assert not second.done()
+    assert complaints == []
     room.finish(flight, None)
     assert await second == Lead(flight)
 
@@ -244,6 +247,17 @@ async def test_inside_of_a_transaction_that_keeps_the_key() -> None:
     assert await outside == Lead(flight)
 
 
+async def test_a_block_of_a_run_that_leads() -> None:
+    """15: a keyed block that a run opens, at whatever depth, is inside of the keys that the run leads."""
+    room = Room()
+    leader = Caller("leader")
+    flight = await lead(room, leader)
+    block, inner = transaction(key="key"), transaction(key="key")
+    block.run, inner.parent, inner.run = leader, block, leader
+    assert await enter(room, block) == Inside(flight)
+    assert await enter(room, inner) == Inside(flight)
+
+
 async def test_a_block_that_joins_the_one_around_it() -> None:
     """A waiter in the outer block, which came while the inner one had the key, goes on when that joins the outer."""
     room = Room()
@@ -256,6 +270,23 @@ async def test_a_block_that_joins_the_one_around_it() -> None:
     flight.keep(outer, RECORD)
     assert await beside == RECORD
     assert await bare == RECORD
+
+
+async def test_settled_and_cancelled_in_one_step() -> None:
+    """26: who is cancelled in the moment in which its block keeps the key, or the engine closes, disturbs nobody."""
+    room, txn = Room(), transaction()
+    flight = await lead(room, Caller("leader", None, txn))
+    inside = [await waiting(enter(room, Caller(f"{n}", None, txn))) for n in range(2)]
+    outside = [await waiting(enter(room, Caller(f"{n}"))) for n in range(2)]
+    inside[0].cancel()
+    flight.keep(txn, RECORD)
+    inside[1].cancel()  # it has been served, and nobody knows
+    outside[0].cancel()
+    await room.aclose()
+    outside[1].cancel()  # it has been sent away, and nobody knows
+    outcomes = await asyncio.gather(*inside, *outside, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 4
+    assert len(room) == 0
 
 
 # --- cycles

@@ -8,7 +8,8 @@ import logging
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextvars import Context
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from onceflow.engine import (
     INPUTS,
+    CommitError,
     ConfigurationError,
     DeadlockError,
     Engine,
@@ -30,6 +32,7 @@ from onceflow.engine import (
 from onceflow.locking import LockTimeoutError, MemoryLockManager, StorageLockManager
 from onceflow.locking import _telling as telling
 from onceflow.storage import MemoryStorage, StorageUnavailableError
+from onceflow.storage._envelope import unpack_header
 from redis_servers import RedisServer
 from serial_ways import WAYS, Side, Way
 from until import until
@@ -460,6 +463,25 @@ async def test_lock_timeout(way: Way, where: str) -> None:
         assert await gated(1) == 1
 
 
+async def test_lock_timeout_behind_the_own_process(side: Side) -> None:
+    """B11: who waits in line behind a run of the same engine has the same timeout; that run goes on."""
+    go, inside = asyncio.Event(), asyncio.Event()
+
+    @task(cache_policy=SERIAL.configure(lock_timeout=0.05))
+    async def gated(x: int) -> int:
+        inside.set()
+        await go.wait()
+        return x
+
+    holder = asyncio.create_task(gated(1))
+    await inside.wait()
+    async with asyncio.timeout(10):
+        error = (await gated.run_to_state(1)).error()
+    assert isinstance(error, LockTimeoutError)
+    go.set()
+    assert await holder == 1
+
+
 async def test_lock_timeout_counts_the_whole_wait(side: Side) -> None:
     """lock_timeout is for all of a wait: in line behind others of this process, and then for the holder elsewhere."""
     inside, go = asyncio.Event(), asyncio.Event()
@@ -601,6 +623,59 @@ async def test_a_result_that_cannot_be_stored(side: Side, caplog: Logged) -> Non
     assert await side.is_free(str(await locks.cache_key(1)))
 
 
+class Shy:
+    """A value that cannot be unpickled the second time, and can otherwise; the first is before it is stored."""
+
+    times = 0
+
+    def __setstate__(self, state: object) -> None:
+        Shy.times += 1
+        if Shy.times == 2:
+            raise ValueError("not now")
+
+    def __getstate__(self) -> object:
+        return "state"
+
+
+async def test_a_waiter_that_cannot_read_what_it_is_served(caplog: Logged) -> None:
+    """R5: it says so, and looks for itself when it is its turn; the others are served."""
+    ran = 0
+
+    @task(cache_policy=SERIAL, result_serializer="pickle")
+    async def shy(x: int) -> Shy:
+        nonlocal ran
+        ran += 1
+        await asyncio.sleep(0)
+        return Shy()
+
+    Shy.times = 0
+    async with Engine(MemoryStorage(), MemoryLockManager()):
+        values = await asyncio.gather(*(shy(1) for _ in range(3)))
+    assert all(isinstance(value, Shy) for value in values)
+    assert caplog.text.count("cannot be read") == 2  # once by the log, once by the error in it
+    assert ran == 1
+
+
+async def test_commit_hooks_hold_no_key(side: Side) -> None:
+    """B8: the key of a run outside of any block is free when its record is committed, not after its hooks."""
+    served = asyncio.Event()
+
+    async def waits(txn: transaction) -> None:
+        async with asyncio.timeout(10):
+            await served.wait()
+
+    @task(cache_policy=SERIAL, on_commit=[waits])
+    async def one(x: int) -> int:
+        await asyncio.sleep(0.001)
+        return x
+
+    first, second = asyncio.create_task(one(1)), asyncio.create_task(one(1))
+    assert await second == 1
+    assert await side.is_free(str(await one.cache_key(1)))
+    served.set()
+    assert await first == 1
+
+
 async def test_two_engines_cannot_store_the_result(way: Way) -> None:
     """R5: where no holder's record can be written, the waiters of every process go on, one after the other."""
     counted = Counted()
@@ -704,13 +779,105 @@ async def test_the_same_key_of_another_storage(side: Side) -> None:
 
     @task(cache_policy=SERIAL)
     async def outer(x: int) -> int:
-        return await inner(x) + 1
+        value = await inner(x) + 1
+        assert side.way.claims or await side.locks.is_locked(
+            str(await outer.cache_key(1))
+        )  # it is still ours
+        return value
 
     async with asyncio.timeout(10):
         assert await outer(1) == 2
     assert await inner.cache_key(1) == await outer.cache_key(1)
     assert await side.is_free(str(await outer.cache_key(1)))
     assert not await side.locks.is_locked(str(await outer.cache_key(1)))
+
+
+async def test_the_same_key_of_another_lock_manager() -> None:
+    """15: a lock is lent to a run below only by the lock manager that has granted it."""
+    others = MemoryLockManager()
+    policy = SERIAL.configure(lock_manager=others, lock_timeout=0.05)
+
+    @task(cache_policy=policy, result_storage=MemoryStorage())
+    async def inner(x: int) -> int:
+        return x
+
+    @task(cache_policy=SERIAL)
+    async def outer(x: int) -> int:
+        return await inner(x)
+
+    async with Engine(MemoryStorage(), MemoryLockManager()):
+        assert await others.acquire(str(await inner.cache_key(1)), "stranger")
+        with pytest.raises(LockTimeoutError, match="stranger"):
+            await outer(1)
+
+
+async def test_the_lock_of_another_key_is_not_lent() -> None:
+    """15: a run that holds one key waits for another one like everybody."""
+    locks = MemoryLockManager()
+
+    @task(cache_policy=SERIAL.configure(lock_timeout=0.05))
+    async def inner(x: int) -> int:
+        return x
+
+    @task(cache_policy=SERIAL)
+    async def outer(x: int) -> int:
+        return await inner(x + 1)
+
+    async with Engine(MemoryStorage(), locks):
+        assert await locks.acquire(str(await inner.cache_key(2)), "stranger")
+        with pytest.raises(LockTimeoutError, match="stranger"):
+            await outer(1)
+
+
+async def test_runs_of_one_name(side: Side) -> None:
+    """B7: two runs that are called the same, in two engines of one process, are two holders all the same."""
+    counted = Counted()
+
+    @task(cache_policy=SERIAL, task_run_name="same")
+    async def one(x: int) -> int:
+        await counted.visit(x, seconds=0.02)
+        raise ValueError
+
+    async def in_other() -> None:
+        async with Side(side.way):
+            await one.run_to_state(1)
+
+    async with side.engine:
+        await asyncio.gather(_alone(in_other()), one.run_to_state(1))
+    assert counted.runs == {1: 2}
+
+
+async def test_a_release_that_fails(caplog: Logged) -> None:
+    """41: a key that cannot be given back is a warning; the result is returned, and the next in line goes on."""
+
+    class Stuck(MemoryLockManager):
+        async def _release_lease(self, lease: Any) -> None:
+            await super()._release_lease(lease)
+            raise RuntimeError("no answer.")
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        await asyncio.sleep(0)
+        return x
+
+    async with Engine(MemoryStorage(), Stuck()):
+        assert [*await asyncio.gather(one(1), one(1))] == [1, 1]
+    assert "no answer. The key is free when its lease ends." in caplog.text
+
+
+async def test_the_record_names_its_token(side: Side) -> None:
+    """4: a record carries the token under which it was written, and tokens grow."""
+
+    @task(cache_policy=SERIAL, refresh_cache=True)
+    async def one(x: int) -> int:
+        return x
+
+    tokens = []
+    for _ in range(3):
+        await one(1)
+        header, _ = unpack_header(await side.storage.read(str(await one.cache_key(1))))
+        tokens.append(header.token or 0)
+    assert 0 < tokens[0] < tokens[1] < tokens[2]
 
 
 async def test_two_flows_in_opposite_order(side: Side) -> None:
@@ -791,6 +958,27 @@ async def test_a_transaction_that_rolls_back(side: Side) -> None:
     assert counted.runs == {1: 1, 2: 2}
 
 
+async def test_a_block_keeps_no_key_of_what_it_cannot_store(side: Side) -> None:
+    """R5, B8: where a value cannot be staged the block is broken, and its key another's, though it is still open."""
+
+    @task(cache_policy=SERIAL)
+    async def locks(x: int) -> Any:
+        await asyncio.sleep(0)
+        return threading.Lock()
+
+    async def outside() -> None:
+        async with side.engine, asyncio.timeout(10):
+            await locks(1)
+
+    async def block() -> None:
+        async with side.engine, transaction():
+            await locks(1)
+            await _alone(outside())
+
+    with pytest.raises(CommitError):
+        await _alone(block())
+
+
 async def test_blocks_side_by_side_in_one_block(side: Side) -> None:
     """Two inner blocks that want one key: the second is served when the first has joined the outer one."""
     counted = Counted()
@@ -827,6 +1015,38 @@ async def test_refreshed_twice_in_a_block(side: Side) -> None:
     assert await one.with_options(refresh_cache=False)(1) == 2
 
 
+async def test_a_keyed_transaction_waits_for_another_process(way: Way) -> None:
+    """4: a keyed block looks again when it has the key: what another has committed is there, and no key is held."""
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def elsewhere() -> None:
+        async with Side(way), transaction(key="own", isolation_level="SERIALIZABLE") as txn:
+            inside.set()
+            await go.wait()
+            txn.stage("theirs")
+
+    other = _alone(elsewhere())
+    await inside.wait()
+    async with Side(way) as side:
+        with pytest.raises(LockTimeoutError):
+            async with transaction(key="own", isolation_level="SERIALIZABLE", lock_timeout=0.05):
+                pass
+        asyncio.get_running_loop().call_later(0.02, go.set)
+        async with transaction(key="own", isolation_level="SERIALIZABLE") as txn:
+            assert txn.is_committed()
+            assert await txn.read() == "theirs"
+            assert len(side.engine.flights) == 0
+            assert not await side.locks.is_locked("own")
+        await other
+        assert await side.locks.acquire("own", "stranger")
+        async with (
+            asyncio.timeout(10),
+            transaction(key="own", isolation_level="SERIALIZABLE") as txn,
+        ):
+            assert txn.is_committed()  # a hit takes no lock
+        await side.locks.release("own", "stranger")
+
+
 async def test_a_keyed_transaction_that_is_cancelled(side: Side) -> None:
     """30: a keyed block that is cancelled while it opens holds nothing, at whatever step that was."""
 
@@ -843,6 +1063,65 @@ async def test_a_keyed_transaction_that_is_cancelled(side: Side) -> None:
         await asyncio.gather(running, return_exceptions=True)
         assert len(side.engine.flights) == 0
         assert not await side.locks.is_locked("own")
+
+
+def _alone(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """As a process of its own would do it: with nothing of what is entered or open here."""
+    return asyncio.create_task(work, context=Context())
+
+
+@pytest.mark.parametrize("inner", [True, False])
+async def test_a_keyed_block_commits_on_what_it_saw(way: Way, inner: bool) -> None:
+    """6: the record of a keyed block never covers one that was written meanwhile, whoever staged it in the block."""
+
+    @task(cache_key_fn=lambda context, parameters: "own")
+    async def one(value: str) -> str:
+        return value
+
+    async def elsewhere() -> None:
+        async with Side(way):
+            await one("theirs")  # READ_COMMITTED: it asks for no lock
+
+    async def block() -> None:
+        async with transaction(key="own", isolation_level="SERIALIZABLE") as txn:
+            if inner:
+                assert await one("mine") == "mine"
+            else:
+                txn.stage("mine")
+            await _alone(elsewhere())
+
+    async with Side(way) as side:
+        with pytest.raises(CommitError, match="'own'"):
+            await block()
+        assert await one("again") == "theirs"
+        assert not await side.locks.is_locked("own")
+
+
+@pytest.mark.parametrize("inner", [True, False])
+async def test_a_keyed_block_that_replaces_its_own_work(inner: bool) -> None:
+    """6: what a block itself, or an independent one inside, has written or removed under its key is no stranger's."""
+
+    @task(cache_key_fn=lambda context, parameters: "own", refresh_cache=True)
+    async def one(value: str) -> str:
+        return value
+
+    async def again(txn: transaction, value: str) -> None:
+        if inner:
+            await one(value)
+        else:
+            txn.stage(value)
+
+    async with Engine(MemoryStorage(), MemoryLockManager()):
+        await one("first")
+        async with transaction(key="own", isolation_level="SERIALIZABLE", overwrite=True) as txn:
+            await one.invalidate("")
+            await again(txn, "second")
+        assert await one.with_options(refresh_cache=False)("") == "second"
+        async with transaction(key="own", isolation_level="SERIALIZABLE", overwrite=True) as txn:
+            async with transaction(independent=True):
+                await one("third")
+            await again(txn, "fourth")
+        assert await one.with_options(refresh_cache=False)("") == "fourth"
 
 
 # --- configuration, loops, the end
@@ -883,7 +1162,46 @@ async def test_the_nearest_lock_manager() -> None:
         async with transaction(isolation_level="SERIALIZABLE", lock_manager=named[1]):
             await one.with_options(cache_policy=INPUTS)(3)
         await plain(4)
-    assert used == ["policy", "block", "block", "engine"]
+        async with transaction(lock_manager=named[1]):
+            await one.with_options(cache_policy=SERIAL.configure(lock_manager=named[0]))(5)
+    assert used == ["policy", "block", "block", "engine", "policy"]
+
+
+@pytest.mark.parametrize("ends", ["commit", "roll back", "cancel"])
+async def test_keys_are_freed_in_order(ends: str) -> None:
+    """B8: a block frees its keys in the order in which it took them, each once, however it ends."""
+    freed: list[str] = []
+
+    class Noting(MemoryLockManager):
+        async def _release_lease(self, lease: Any) -> None:
+            freed.append(lease.key)
+            await super()._release_lease(lease)
+
+    @task(cache_policy=SERIAL)
+    async def one(x: int) -> int:
+        return x
+
+    async with Engine(MemoryStorage(), Noting()):
+        inside = asyncio.Event()
+
+        async def block() -> None:
+            async with transaction():
+                async with transaction():
+                    await one(1)
+                    await one(2)
+                await one(3)
+                if ends == "roll back":
+                    raise KeyError
+                if ends == "cancel":
+                    inside.set()
+                    await asyncio.Event().wait()
+
+        running = asyncio.create_task(block())
+        if ends == "cancel":
+            await inside.wait()
+            running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert freed == [await one.cache_key(x) for x in (1, 2, 3)]
 
 
 async def test_a_read_that_fails(caplog: Logged) -> None:

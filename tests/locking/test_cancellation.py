@@ -135,6 +135,7 @@ async def test_watcher(make: Make, cancel: Cancel) -> None:
     for number in (0, 4, 20):
         await manager.acquire("key", "me")
         watching = [asyncio.create_task(cancel(m.wait_until_free("key"), number)) for m in (manager, other)]
+        await turns(2)  # it is the first ones, who look for all, that are cancelled
         staying = [asyncio.create_task(m.wait_until_free("key")) for m in (manager, other)]
         await asyncio.gather(*watching)
         await manager.release("key", "me")

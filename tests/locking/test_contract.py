@@ -138,6 +138,18 @@ async def test_acquire_timeout(manager: LockManager) -> None:
     assert await manager.acquire("key", "him", timeout=0)
 
 
+async def test_acquire_timeout_in_line(manager: LockManager) -> None:
+    """B6: who is not the first in line has a timeout too; the others stay where they are."""
+    await held(manager, "key", "me")
+    first = asyncio.create_task(manager.acquire("key", "you"))
+    await turns(5)
+    async with asyncio.timeout(5):
+        assert await manager.acquire("key", "him", timeout=0.05) is None
+    assert not first.done()
+    await manager.release("key", "me")
+    assert await first is not None
+
+
 async def test_release_by_a_stranger(make: Make) -> None:
     """L6: a release by one who does not hold the key says so by name, and the holder is not disturbed."""
     here, there = make(), make()
@@ -370,6 +382,8 @@ async def test_bad_requests(manager: LockManager) -> None:
         await manager.acquire("key", "")
     with pytest.raises(LockConfigurationError, match="timeout"):
         await manager.acquire("key", "me", timeout=-1)
+    with pytest.raises(LockConfigurationError, match="timeout"):
+        await manager.acquire("key", "me", timeout=float("nan"))
     with pytest.raises(LockConfigurationError, match="hold_timeout"):
         await manager.acquire("key", "me", hold_timeout=0)
     with pytest.raises(LockConfigurationError, match="holder"):
@@ -474,6 +488,8 @@ async def test_closing_leaves_others_in_line(make: Make) -> None:
     await closed.aclose()
     with pytest.raises(LockClosedError):
         await theirs
+    lease.check()
+    assert await holder.is_held_by("key", "me")
     await lease.release()
     async with asyncio.timeout(10):
         assert await waiting is not None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import math
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,11 @@ from onceflow.locking import (
     LockError,
     LockUnavailableError,
 )
+from onceflow.locking import _file as file
+from onceflow.locking._claim import Claim
 from onceflow.locking._file import _sweep
 from onceflow.locking._mounts import network_file_system
+from onceflow.storage._names import name_of
 
 
 async def test_missing_folder_and_leftovers(tmp_path: Path) -> None:
@@ -269,3 +274,57 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in ("", "a\0b"):
         with pytest.raises(LockConfigurationError):
             FileLockManager(path)
+
+
+async def test_tokens_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.2: tokens go on from the file, or from this process where the file is gone, and else from the clock."""
+    name = str(tmp_path / f"{name_of('key')}.lock")
+    async with FileLockManager(tmp_path) as one, FileLockManager(tmp_path) as other:
+        first = await one.acquire(
+            "key", "a holder with a name that is longer than what a release leaves behind"
+        )
+        assert first is not None
+        await first.release()
+        monkeypatch.setattr(time, "time_ns", lambda: 0)
+        second = await other.acquire("key", "me")
+        assert second is not None
+        assert second.token == first.token + 1
+        await second.release()
+        await asyncio.to_thread(_sweep, {name})
+        assert await asyncio.to_thread(os.path.exists, name)  # its token is ahead of the clock
+        monkeypatch.undo()
+        await asyncio.to_thread(_sweep, {name})
+        assert not await asyncio.to_thread(os.path.exists, name)
+        monkeypatch.setattr(time, "time_ns", lambda: 0)
+        third = await other.acquire("key", "me")
+        assert third is not None
+        assert third.token == second.token + 1
+        await third.release()
+        monkeypatch.undo()
+    async with FileLockManager(tmp_path / "elsewhere") as one, one.lock("key") as fourth:
+        assert fourth.token > third.token
+
+
+async def test_a_file_that_is_another_by_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """46: what removes the files of free keys leaves one alone that was made anew since it was opened."""
+    name = str(tmp_path / f"{name_of('key')}.lock")
+    async with FileLockManager(tmp_path) as one, FileLockManager(tmp_path) as other:
+        async with one.lock("key"):
+            pass
+        works, leases = file._try_lock, list[Claim]()
+
+        def later(fd: int, kind: int | None = None) -> bool:
+            monkeypatch.setattr(file, "_try_lock", works)
+            os.unlink(name)
+            try:
+                other._take(claim).send(None)  # another process has made it anew
+            except StopIteration:
+                leases.append(claim)
+            return works(fd, kind)
+
+        claim = Claim("key", "you", 0.0, math.inf)
+        monkeypatch.setattr(file, "_try_lock", later)
+        await asyncio.to_thread(_sweep, {name})
+        assert leases
+        assert await asyncio.to_thread(os.path.exists, name)
+        await other._give_back(claim)

@@ -187,6 +187,14 @@ async def test_abandoned_lease_is_taken_over(leased: Place, make: Make) -> None:
     assert await there.is_held_by("key", "you")
 
 
+async def test_an_abandoned_lease_is_free(leased: Place, make: Make) -> None:
+    """B10: who only watches a key finds it free, too, when its holder is no longer heard of."""
+    here, there = make(_SHORT), make(_SHORT)
+    lease = await held(here, "key", "me")
+    lease._stop()  # as if its process had been killed
+    assert await there.wait_until_free("key", timeout=10)
+
+
 async def test_expiry_as_text() -> None:
     """A lease shows itself with its key, holder, token and state."""
     from onceflow.storage import MemoryStorage

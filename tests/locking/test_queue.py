@@ -33,6 +33,18 @@ def test_one_holder_stands_together() -> None:
     assert line.serve("nobody") == []
 
 
+def test_a_holder_that_stands_here_again() -> None:
+    """A ticket that was served leaves late: the ticket with which its holder stands in line again is not disturbed."""
+    line: Line[str] = Line()
+    line.join("a", "a1")
+    line.serve("a")
+    line.join("b", "b1")
+    line.join("a", "a2")
+    assert line.leave("a", "a1") is None
+    assert line.drain() == ["b1", "a2"]
+    assert (line.leader, len(line)) == (None, 0)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("jjjls"), st.integers(0, 5), st.integers(0, 3)), max_size=60))
 def test_like_a_plain_list(steps: list[tuple[str, int, int]]) -> None:

@@ -18,6 +18,7 @@ from onceflow.locking import (
     LockUnavailableError,
     RedisLockManager,
 )
+from onceflow.locking._room import Ticket
 from processes import line, python
 from redis_servers import RedisServer, free_port
 from tcp_proxy import TcpProxy, tcp_proxy
@@ -97,6 +98,46 @@ async def test_tokens_survive_lost_data(own_redis: RedisServer) -> None:
             if number == 20:
                 await asyncio.to_thread(own_redis.restart)
     assert tokens == sorted(set(tokens))
+
+
+async def test_tokens_ahead_of_the_clock(own_redis: RedisServer) -> None:
+    """2.3: a token is above the last one also where the server's clock is behind that."""
+    async with RedisLockManager(own_redis.url) as manager:
+        await asyncio.to_thread(own_redis.ask, b"SET {onceflow}:token 9000000000000000")
+        for number in (1, 2):
+            async with manager.lock("key") as lease:
+                assert lease.token == 9000000000000000 + number
+
+
+async def test_a_late_release_by_the_same_name(own_redis: RedisServer) -> None:
+    """9: a lease that the server has lost frees nothing, though who has the key by now bears the same name."""
+    async with RedisLockManager(own_redis.url) as one, RedisLockManager(own_redis.url) as other:
+        first = await one.acquire("key", "me")
+        assert first is not None
+        await asyncio.to_thread(own_redis.ask, b"FLUSHALL")
+        assert await other.acquire("key", "me")
+        await first.release()
+        assert await one.is_held_by("key", "me")
+
+
+def _first_in_line(manager: RedisLockManager) -> Ticket | None:
+    """Who waits for the key; it has a future only while it waits for a message, and asks for nothing."""
+    place = manager._room.places.get("key")
+    return place.line.leader if place is not None else None
+
+
+async def test_a_release_is_told(own_redis: RedisServer) -> None:
+    """13: who waits elsewhere is woken by a message, long before the lease would be over."""
+    async with RedisLockManager(own_redis.url) as one, RedisLockManager(own_redis.url) as other:
+        lease = await one.acquire("key", "me")
+        assert lease is not None
+        waiting = asyncio.create_task(other.acquire("key", "you"))
+        await until(lambda: (first := _first_in_line(other)) is not None and first.future is not None)
+        await lease.release()
+        async with asyncio.timeout(
+            3
+        ):  # the lease is 30 s, and after 5 s it looks again to tell who holds the key
+            assert await waiting
 
 
 async def test_restart_under_waiters(own_redis: RedisServer) -> None:

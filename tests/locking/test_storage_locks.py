@@ -8,6 +8,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from lock_places import turns, until
 from onceflow.locking import (
     LockAccessError,
     LockConfigurationError,
@@ -15,6 +16,7 @@ from onceflow.locking import (
     StorageLockManager,
     lock_manager_from_url,
 )
+from onceflow.locking._claim import Claim
 from onceflow.storage import (
     ConditionsUnsupportedError,
     MemoryStorage,
@@ -33,6 +35,10 @@ class Watched(MemoryStorage):
         self.counts: Counter[str] = Counter()
         self.lose_before = self.lose_after = 0
         self.broken: Exception | None = None
+        self.probes = 0
+
+    async def ensure_conditional(self) -> None:
+        self.probes += 1
 
     async def fetch(self, *args: Any, **options: Any) -> Stored | None:
         self.counts["read"] += 1
@@ -69,6 +75,8 @@ async def test_requests_without_contention() -> None:
         storage.counts.clear()
         assert not await manager.is_locked("key")
         assert storage.counts == {"read": 1}
+        assert storage.probes == 1
+        assert manager._seen == {}
 
 
 @pytest.mark.parametrize("renewals", [0, 10])
@@ -142,7 +150,7 @@ async def test_unavailable_for_good() -> None:
     storage = Watched()
     async with StorageLockManager(storage, lease_seconds=1) as manager:
         storage.broken = StorageUnavailableError("read", "key", storage.url, "503", "Wait.")
-        with pytest.raises(LockUnavailableError, match="'key'") as caught:
+        with pytest.raises(LockUnavailableError, match=r"'key'.*503") as caught:
             await manager.acquire("key", "me")
         assert isinstance(caught.value, ConnectionError)
         storage.broken = StorageAccessError("read", "key", storage.url, "denied", "Allow it.")
@@ -203,8 +211,12 @@ async def test_store_without_conditions() -> None:
         assert storage.counts["write"] == 0
 
 
+NEWER = msgpack.packb([2, False, 1, "", b"", 0.1, "newer"])
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"\xc1", b"half a lo", msgpack.packb([2, "newer"]), msgpack.packb({"a": 1}), b"\x97" * 50]
+    "body",
+    [b"", b"\xc1", b"half a lo", msgpack.packb([2, "newer"]), NEWER, msgpack.packb({"a": 1}), b"\x97" * 50],
 )
 async def test_unreadable_object(body: bytes) -> None:
     """19: an object that cannot be read is a held lock, and free when it stays so for a lease."""
@@ -216,6 +228,111 @@ async def test_unreadable_object(body: bytes) -> None:
         lease = await manager.acquire("key", "me", timeout=5)
         assert lease is not None
         await lease.release()
+
+
+async def test_no_object_comes_back() -> None:
+    """2.1: two writes of one claim differ, so that where a version is a hash of the content none comes back."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        bodies = {await storage.read(".locks/key")}
+        for _ in range(3):
+            manager._lease_of_claim = lambda claim: 30.0  # type: ignore[method-assign]  # to the last digit
+            assert await manager._renew(lease._claim)
+            bodies.add(await storage.read(".locks/key"))
+        assert len(bodies) == 4
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_only_one_of_many(is_there: bool) -> None:
+    """6: of ten that have read the same object, or none, one gets the lock."""
+
+    class Slow(Watched):
+        async def write(self, *args: Any, **options: Any) -> str:
+            await turns(20)
+            return await super().write(*args, **options)
+
+    storage = Slow()
+    ten = [StorageLockManager(storage) for _ in range(10)]
+    if is_there:
+        async with ten[0].lock("key"):
+            pass
+    leases = await asyncio.gather(*(one.acquire("key", "me", timeout=0) for one in ten))
+    assert sum(lease is not None for lease in leases) == 1
+    for one in ten:
+        await one.aclose()
+
+
+async def test_the_same_holder_elsewhere_waits() -> None:
+    """The lock of another manager is not taken for one's own, though the names of their holders are the same."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager, StorageLockManager(storage) as other:
+        assert await manager.acquire("key", "me")
+        assert await other.acquire("key", "me", timeout=0) is None
+
+
+async def test_what_is_not_ones_own_is_left_alone() -> None:
+    """9: neither a renewal nor a release, sent late, touches a lock that is another's, free, or not to be read."""
+    storage = Watched()
+    released = None
+    async with StorageLockManager(storage) as manager, StorageLockManager(storage) as other:
+
+        async def send_late(claim: Claim) -> None:
+            before = await storage.read(".locks/key")
+            for handle in {claim.handle, None} - {released}:  # None: it does not know its last version
+                claim.handle = handle
+                await manager._give_back(claim)
+                claim.handle = handle
+                assert not claim.nonce or not await manager._renew(claim)
+            assert await storage.read(".locks/key") == before
+
+        first = await manager.acquire("key", "me")
+        assert first is not None
+        before = first._claim.handle
+        await first.release()
+        released, first._claim.handle = first._claim.handle, before
+        await send_late(first._claim)
+        assert await other.acquire("key", "you")
+        await send_late(first._claim)
+        await storage.write(".locks/key", b"written by a newer version")
+        await send_late(first._claim)
+        await send_late(Claim("key", "me", 0.0, 1.0))  # cut off before its request began
+        await storage.delete(".locks/key")
+        assert not await manager._renew(first._claim)
+
+
+async def test_when_a_lease_counts_as_abandoned() -> None:
+    """B10: after 1.1 times the lease that its holder has named and 0.2 s, by the waiter's clock; and not before."""
+    storage = Watched()
+    here, there = StorageLockManager(storage, lease_seconds=30), StorageLockManager(storage, lease_seconds=5)
+    async with here, there:
+        time = 1000.0
+        there._clock = lambda: time
+        assert await here.acquire("key", "me")
+        storage.counts.clear()
+        waiting = asyncio.create_task(there.acquire("key", "you"))
+        for seconds in (0.0, 33.19):
+            time += seconds
+            seen = storage.counts["read"]
+            await until(lambda seen=seen: storage.counts["read"] >= seen + 2)  # type: ignore[misc]
+            assert not waiting.done()
+        time += 0.02
+        async with asyncio.timeout(5):
+            assert await waiting
+
+
+async def test_a_token_outlives_a_lost_answer() -> None:
+    """2.2: a claim of which nobody knows whether it arrived is given back with the token that it has there."""
+    storage = Watched()
+    async with StorageLockManager(storage) as manager:
+        lease = await manager.acquire("key", "me")
+        assert lease is not None
+        lease._claim.handle, lease._claim.token = None, 0  # as if its answer had been lost for good
+        await lease.release()
+        held, token = msgpack.unpackb(await storage.read(".locks/key"))[1:3]
+        assert not held
+        assert token == lease.token
 
 
 async def test_deleted_objects() -> None:
