@@ -42,6 +42,9 @@ less time than a request takes would go on losing, and take the store for out of
 _PROBE_SECONDS = 30.0
 """For the first request, which loads and opens a client, and for probing the store, once."""
 
+_ASK_SECONDS = 5.0
+"""For asking for a key, at least, also where leases are short: nothing is held yet that could run out meanwhile."""
+
 _MARGIN, _GRACE = 1.1, 0.2
 """A lease counts as abandoned after so many times its length, and so many seconds more."""
 
@@ -94,11 +97,12 @@ class StorageLockManager(QueuedLockManager):
 
     async def _take(self, claim: Claim) -> Busy | None:
         claim.nonce = uuid.uuid4().hex
-        busy: Busy | None = await self._within("acquire", claim.key, self._taken(claim))
+        seconds = self._asking()
+        busy: Busy | None = await self._within("acquire", claim.key, self._taken(claim, seconds), seconds)
         return busy
 
-    async def _taken(self, claim: Claim) -> Busy | None:
-        pace, began, lost = Pace(1.0), self._clock(), 0
+    async def _taken(self, claim: Claim, seconds: float) -> Busy | None:
+        pace, until, lost = Pace(1.0), self._clock() + seconds, 0
         while True:
             try:
                 found = await self._read(claim.key)
@@ -112,6 +116,7 @@ class StorageLockManager(QueuedLockManager):
                     return self._busy(found)
                 token = max((found.lock.token if found else 0) + 1, time.time_ns() // 1000)
                 body = _pack(True, token, claim.nonce, self._lease_of_claim(claim), claim.holder)
+                claim.sent = self._clock()  # from here on nobody else takes it
                 claim.handle = await self._write(claim.key, body, found)
                 claim.token = token
                 return None
@@ -119,7 +124,7 @@ class StorageLockManager(QueuedLockManager):
                 lost += 1  # somebody was faster, or it was this very claim: read what is there now
             except StorageUnavailableError:
                 pause = pace.next()
-                if self._clock() + pause > began + patience(self.lease_seconds):
+                if self._clock() + pause > until:
                     raise
                 await asyncio.sleep(pause)
 
@@ -149,7 +154,7 @@ class StorageLockManager(QueuedLockManager):
                 return True
 
     async def _look(self, key: str) -> Busy | None:
-        found = await self._within("look at", key, self._read(key))
+        found = await self._within("look at", key, self._read(key), self._asking())
         if found is None or not found.lock.held or self._abandoned(found):
             return None
         return self._busy(found)
@@ -202,10 +207,13 @@ class StorageLockManager(QueuedLockManager):
     def _lease_of_claim(self, claim: Claim) -> float:
         return max(0.001, min(self.lease_seconds, claim.hold_until - self._clock()))
 
+    def _asking(self) -> float:
+        """Seconds for a request of one who holds nothing."""
+        return max(patience(self.lease_seconds), _ASK_SECONDS) if self._has_answered else _PROBE_SECONDS
+
     async def _within(self, operation: str, key: str, work: Any, seconds: float = 0) -> Any:
-        """The work within its deadline, and the storage's errors in the words of this package."""
-        if not seconds:
-            seconds = patience(self.lease_seconds) if self._has_answered else _PROBE_SECONDS
+        """The work within its deadline, a holder's unless told, and the storage's errors in this package's words."""
+        seconds = seconds or patience(self.lease_seconds)
         try:
             async with asyncio.timeout(seconds):
                 answer = await work

@@ -16,6 +16,7 @@ from onceflow.locking import (
     StorageLockManager,
     lock_manager_from_url,
 )
+from onceflow.locking import _storage as storage_locks
 from onceflow.locking._claim import Claim
 from onceflow.storage import (
     ConditionsUnsupportedError,
@@ -145,8 +146,9 @@ async def test_lost_answer_to_a_renewal() -> None:
         assert not await manager.is_locked("key")
 
 
-async def test_unavailable_for_good() -> None:
+async def test_unavailable_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """41: a storage that never answers is an error that names key and storage; nothing is held afterwards."""
+    monkeypatch.setattr(storage_locks, "_ASK_SECONDS", 0.5)
     storage = Watched()
     async with StorageLockManager(storage, lease_seconds=1) as manager:
         storage.broken = StorageUnavailableError("read", "key", storage.url, "503", "Wait.")
@@ -184,8 +186,26 @@ async def test_who_is_never_the_first_waits_his_turn() -> None:
         assert await manager.acquire("key", "me") is not None
 
 
-async def test_a_hanging_store_has_a_deadline() -> None:
+async def test_a_slow_store_and_a_short_lease() -> None:
+    """Asking for a key may take longer than its lease lasts, which begins with the write that takes the key."""
+
+    class Slow(Watched):
+        async def fetch(self, *args: Any, **options: Any) -> Stored | None:
+            await asyncio.sleep(0.6)
+            return await super().fetch(*args, **options)
+
+    async with StorageLockManager(Slow(), lease_seconds=0.5) as manager:
+        async with manager.lock("key") as lease:
+            lease.check()
+        assert manager._has_answered
+        second = await manager.acquire("key", "me")
+        assert second is not None
+        second.check()
+
+
+async def test_a_hanging_store_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """37: a store that hangs is given up after the deadline of a request."""
+    monkeypatch.setattr(storage_locks, "_ASK_SECONDS", 0.2)
 
     class Hanging(Watched):
         async def write(self, *args: Any, **options: Any) -> str:
