@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from onceflow.engine import INPUTS, Engine, task
+from onceflow.engine import INPUTS, Engine, task, transaction
 from onceflow.engine import _claiming as claiming
 from onceflow.engine import _claims as claims
 from onceflow.engine._claims import Claim
@@ -254,6 +254,45 @@ async def test_a_wait_for_one_after_the_other(
     await second.release()
     assert await waiter == 1
     await first.release()
+
+
+async def test_a_transaction_that_is_about_to_commit() -> None:
+    """Who wants a key that a transaction is about to commit looks now and then for its outcome, and is served by it."""
+
+    class Held(Watched):
+        decided, go = asyncio.Event(), asyncio.Event()
+
+        async def write(self, key: str, *args: Any, **options: Any) -> str:
+            if key[0] not in ".\0" and self.requests["PUT"] == 2:  # after two intents
+                self.decided.set()
+                await self.go.wait()
+            return await super().write(key, *args, **options)
+
+    @task(cache_policy=INPUTS)
+    async def theirs(x: int) -> str:
+        return "theirs"
+
+    @task(cache_policy=SERIAL)
+    async def ours(x: int) -> str:
+        return "ours"
+
+    storage = Held()
+
+    async def commit() -> None:
+        async with Engine(storage), transaction():
+            await asyncio.gather(theirs(1), theirs(2))
+
+    committing = asyncio.create_task(commit())
+    await storage.decided.wait()
+    async with Engine(storage, StorageLockManager(storage)):
+        storage.asked()
+        waiter = asyncio.create_task(ours(1))
+        await asyncio.sleep(0.3)
+        assert not waiter.done()
+        assert storage.asked()["GET"] <= 40
+        storage.go.set()
+        assert await waiter == "theirs"
+    await committing
 
 
 # --- a claim by itself
