@@ -27,6 +27,8 @@ from ._transaction import enclosing, transaction
 from ._watchdog import carriers
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from ._definition import Definition
     from ._futures import RunFuture
     from ._limits import Gate
@@ -91,6 +93,8 @@ async def perform(run: TaskRun | FlowRun, future: RunFuture[Any] | None = None) 
     finally:
         if future is not None:
             _sign_off(future)
+        elif run.carrier is not None:
+            forget(run)
     return run.state
 
 
@@ -154,15 +158,14 @@ def _is_short(run: TaskRun | FlowRun, definition: Definition[..., Any]) -> bool:
     )
 
 
-async def perform_root(run: TaskRun | FlowRun) -> State[Any]:
-    """As `perform`, for flows, and for tasks outside of any: the engine knows of them until they end."""
-    engine = run.engine
-    engine.live.add(run)
+def perform_root(run: TaskRun | FlowRun) -> Coroutine[Any, Any, State[Any]]:
+    """As `perform`, for flows, and for tasks outside of any: the engine knows of them until they end.
+
+    Not a coroutine of its own, which every waiter would keep in memory. To be awaited at once.
+    """
+    run.engine.live.add(run)
     run.carrier = asyncio.current_task()
-    try:
-        return await perform(run)
-    finally:
-        forget(run)
+    return perform(run)
 
 
 def forget(run: TaskRun | FlowRun) -> None:

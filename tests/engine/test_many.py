@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 import tracemalloc
+from asyncio.subprocess import PIPE
 from types import FrameType
 from typing import Any
 
@@ -68,6 +69,46 @@ async def test_a_task_in_flight_takes_little_memory(verb: str, count: int) -> No
     assert in_flight <= 2.5
     assert ended <= 1.5
     assert gone <= 0.1
+
+
+WAITERS = """
+import asyncio, gc, tracemalloc
+from onceflow.engine import INPUTS, Engine, task
+from onceflow.locking import MemoryLockManager
+from onceflow.storage import MemoryStorage
+
+@task(cache_policy=INPUTS.configure(isolation_level="SERIALIZABLE"))
+async def gated(x):
+    await go.wait()
+    return x
+
+async def main():
+    global go
+    go = asyncio.Event()
+    async with Engine(MemoryStorage(), MemoryLockManager()):
+        calls = [asyncio.create_task(gated(1))]
+        await asyncio.sleep(0.01)
+        gc.collect()
+        tracemalloc.start()
+        calls += [asyncio.create_task(gated(1)) for _ in range(2000)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        print(tracemalloc.get_traced_memory()[0] / 2000)
+        tracemalloc.stop()
+        go.set()
+        assert await asyncio.gather(*calls) == [1] * 2001
+
+asyncio.run(main())
+"""
+
+
+async def test_a_waiter_takes_little_memory() -> None:
+    """W6: of 2 000 runs that wait for the key of another one each takes 3 KiB at most, its asyncio task included."""
+    # In a process of its own: what went before in this one decides how much of it is newly allocated.
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", WAITERS, stdout=PIPE)
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    assert float(out) <= 3 * KIB
 
 
 @pytest.mark.parametrize("way", ["awaited", "submitted", "mapped", "streamed"])
