@@ -108,7 +108,7 @@ async def test_a_waiter_takes_little_memory() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", WAITERS, stdout=PIPE)
     out, _ = await process.communicate()
     assert process.returncode == 0
-    assert float(out) <= 3 * KIB
+    assert float(out) <= (3 if sys.version_info < (3, 13) else 3.2) * KIB  # a coroutine of 3.13 takes more
 
 
 @pytest.mark.parametrize("way", ["awaited", "submitted", "mapped", "streamed"])
