@@ -16,10 +16,9 @@ if sys.platform != "win32":
 SUPPORTED = sys.platform != "win32"  # LocalStorage says so when it is made
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-
-
 # What cannot be opened for reading has no version that a condition could have seen: a link, a socket, another user's.
 _UNSEEN = {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EACCES}
+_NOT_FOR_WRITING = {errno.EACCES, errno.EISDIR, errno.EPERM, errno.EROFS, errno.ETXTBSY}
 
 
 def remove(target: str, if_version: str | None, durable: bool) -> bool:
@@ -59,7 +58,7 @@ def locked(target: str) -> Iterator[os.stat_result | None]:
     """
     while True:
         try:
-            fd = os.open(target, OPEN)
+            fd = _open(target)
         except FileNotFoundError:
             yield None
             return
@@ -79,6 +78,16 @@ def locked(target: str) -> Iterator[os.stat_result | None]:
                 fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             os.close(fd)
+
+
+def _open(path: str) -> int:
+    """A descriptor to lock: for writing as well where that is allowed, which NFS demands of an exclusive lock."""
+    try:
+        return os.open(path, OPEN | os.O_RDWR)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_WRITING:
+            raise
+        return os.open(path, OPEN)
 
 
 def _has_name(file: os.stat_result, path: str) -> bool:
