@@ -118,12 +118,13 @@ async def _look(call: Call, seen: _View | None) -> _View | Hit | None:
     if header.kind == "intent":
         await records.wait_for_outcome(call.where)
         return await _look(call, None)
-    before = bytes(memoryview(stored.data)[offset:]) if header.kind == "claim" else b"itself"
-    if before and not call.refresh:
+    if not call.refresh:
+        # Also behind a claim: what its holder is to replace, and may never do.
         found = await records.lookup(call.place, key, begun=stored)
         if isinstance(found, Hit):
-            return found  # also what a refresh will replace, which its holder may never do
+            return found
     if header.kind == "claim":
+        before = bytes(memoryview(stored.data)[offset:])
         lease, holder = float(header.extra.get("lease", 30.0)), str(header.extra.get("holder"))
         return _View(stored.version, before, header.token or 0, lease, holder)
     return _whole(stored, header.token or 0)

@@ -81,9 +81,8 @@ async def _lead(call: Call, manager: LockManager, flight: Flight, patience: Pati
     finally:
         txn, held = run.transaction, flight.held
         if held is not None and written is not None and txn is not None and txn.joins:
-            txn.held.append(
-                held
-            )  # until the outcome; it is the run's own, and about to join the block around
+            # Until the outcome. The transaction is the run's own, and about to join the block around.
+            txn.held.append(held)
         else:
             try:
                 if held is not None:
@@ -149,7 +148,7 @@ async def _take_again(
 ) -> Hit | Miss | None:
     """What another holder has committed, or the miss under which to try again; None where that makes no sense."""
     if held is not None:
-        await held.release()  # cut off, it is released once more by `_lead`
+        await uncancelled(held.release())
     found = await call.run.engine.records.lookup(call.place, call.where[1])
     if isinstance(found, Hit):
         return found if not call.refresh else None

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 from asyncio import CancelledError
 from contextvars import Token
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from . import _caching
 from ._arguments import LEAVES, Marked, NotReady
@@ -86,15 +86,11 @@ async def perform(run: TaskRun | FlowRun, future: RunFuture[Any] | None = None) 
     except BaseException as error:
         if future is None or isinstance(error, _LOOP_ENDERS):
             raise
-        if run.state.data is not error and not isinstance(
-            error, CancelledError
-        ):  # of a hook, after the run's end
+        # Of a hook, after the run's end.
+        if run.state.data is not error and not isinstance(error, CancelledError):
             logger.exception("%s %r - %r after its end", definition.kind, run.name, error)
     finally:
-        if future is not None:
-            _sign_off(future)
-        elif run.carrier is not None:
-            forget(run)
+        _sign_off(run, future)
     return run.state
 
 
@@ -126,20 +122,21 @@ async def _interrupted(
             await uncancelled(_caching.drop_chunks_unless_committed(run, definition))
 
 
-def _sign_off(future: RunFuture[Any]) -> None:
-    """A submitted run has ended: its owner need not wait any more, and keeps what somebody has to look at.
+def _sign_off(run: TaskRun | FlowRun, future: RunFuture[Any] | None) -> None:
+    """A run has ended: the engine need not know of it any more, nor its owner wait for it, if it was submitted.
 
-    A cancellation that nobody asked for counts: the body let somebody else's out, and that must not pass unnoticed.
+    The owner keeps what somebody has to look at. A cancellation that nobody asked for counts: the body let somebody
+    else's out, and that must not pass unnoticed.
     """
-    owner, state = future.owner, future.run.state
+    if run.carrier is not None:
+        forget(run)  # now, so that it is not listed any more when who awaits it goes on
+    if future is None:
+        return
+    owner, state = future.owner, run.state
     asked_for = state.type is CANCELLED and asyncio.current_task().cancelling()  # type: ignore[union-attr]  # in one
     if state.type is not COMPLETED and not asked_for:
         owner.failed.append(future)
     owner.running.discard(future)
-    if future.run.carrier is not None:
-        forget(
-            cast("FlowRun", future.run)
-        )  # now, so that it is not listed any more when who awaits it goes on
     future._work = ENDED
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from typing import Any, NamedTuple
 
 import msgpack
@@ -27,6 +26,7 @@ from ..storage import (
     StorageError,
     StorageUnavailableError,
 )
+from ..storage._nonces import nonce, random_bits
 from ._claim import Busy, Claim, checked_lease, patience
 from ._errors import LockAccessError, LockConfigurationError, LockUnavailableError
 from ._pace import Pace
@@ -96,7 +96,7 @@ class StorageLockManager(QueuedLockManager):
             self._probed = True
 
     async def _take(self, claim: Claim) -> Busy | None:
-        claim.nonce = uuid.uuid4().hex
+        claim.nonce = nonce(32)
         seconds = self._asking()
         busy: Busy | None = await self._within("acquire", claim.key, self._taken(claim, seconds), seconds)
         return busy
@@ -107,11 +107,8 @@ class StorageLockManager(QueuedLockManager):
             try:
                 found = await self._read(claim.key)
                 if found is not None and found.lock.nonce == claim.nonce:
-                    claim.handle, claim.token = (
-                        found.version,
-                        found.lock.token,
-                    )  # won, and the answer was lost
-                    return None
+                    claim.handle, claim.token = found.version, found.lock.token
+                    return None  # won, and the answer was lost
                 if found is not None and (lost >= _RACES or (found.lock.held and not self._abandoned(found))):
                     return self._busy(found)
                 token = max((found.lock.token if found else 0) + 1, time.time_ns() // 1000)
@@ -259,7 +256,8 @@ class _Seen:
 
 def _pack(held: bool, token: int, nonce: str, lease: float, holder: str) -> bytes:
     # A second nonce for each write: where a version is a hash of the content, none may come back.
-    body: Any = msgpack.packb([_FORMAT, held, token, nonce, uuid.uuid4().bytes, lease, holder])
+    another = random_bits(128).to_bytes(16, "big")
+    body: Any = msgpack.packb([_FORMAT, held, token, nonce, another, lease, holder])
     return bytes(body)
 
 

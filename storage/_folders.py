@@ -65,13 +65,15 @@ def locked(target: str) -> Iterator[os.stat_result | None]:
         except OSError as error:
             if error.errno not in _UNSEEN:
                 raise
-            yield os.lstat(target)
+            if (unseen := _stat(target)) is None:
+                continue
+            yield unseen
             return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             try:
-                found = os.fstat(fd)
-                if _has_name(found, target):
+                found, named = os.fstat(fd), _stat(target)
+                if named is not None and os.path.samestat(found, named):
                     yield found
                     return
             finally:
@@ -90,11 +92,12 @@ def _open(path: str) -> int:
         return os.open(path, OPEN)
 
 
-def _has_name(file: os.stat_result, path: str) -> bool:
+def _stat(path: str) -> os.stat_result | None:
+    """Of what has this name; None where nothing has. Not os.path.lexists, to which every error means no."""
     try:
-        return os.path.samestat(os.lstat(path), file)
+        return os.lstat(path)
     except FileNotFoundError:
-        return False
+        return None
 
 
 def name_if_free(path: str, target: str) -> None:
@@ -120,12 +123,9 @@ def name_if_free(path: str, target: str) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         try:
-            try:
-                os.lstat(target)
-            except FileNotFoundError:
-                os.rename(path, target)
-            else:
+            if _stat(target) is not None:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+            os.rename(path, target)
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)
     finally:

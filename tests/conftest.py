@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from redis_servers import RedisServer
 
 _numbers = itertools.count()
 
@@ -29,3 +30,11 @@ def no_blocking_calls() -> Iterator[BlockBuster]:
         # Of a module that another thread imports, an import has to wait until it is there.
         watch.functions["threading.Lock.acquire"].can_block_in("<frozen importlib._bootstrap>", {"acquire"})
         yield watch
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A server that all tests share, so nobody may kill it."""
+    server = RedisServer()
+    yield server
+    server.kill()

@@ -19,24 +19,11 @@ from onceflow.engine._locks import Held
 from onceflow.locking import Lease, LockUnavailableError, MemoryLockManager, StorageLockManager
 from onceflow.storage import MemoryStorage, StorageUnavailableError
 from onceflow.storage._envelope import unpack_header
-from serial_ways import WAYS, Side, Way
+from serial_ways import Side, Way
 
+KINDS = ["memory", "claims_memory"]  # a lock apart from the record, and one in the record itself
 SERIAL = INPUTS.configure(isolation_level="SERIALIZABLE")
 Logged = pytest.LogCaptureFixture
-
-
-@pytest.fixture(params=["memory", "claims_memory"])
-def way(request: pytest.FixtureRequest, tmp_path: Any) -> Way:
-    """A lock apart from the record, and one in the record itself."""
-    return WAYS[request.param](request, tmp_path)
-
-
-@pytest.fixture
-async def side(way: Way) -> AsyncIterator[Side]:
-    """One engine on it; leaving must find every key free."""
-    async with Side(way) as side:
-        yield side
-        assert len(side.engine.flights) == 0
 
 
 class Stranger:
@@ -44,12 +31,8 @@ class Stranger:
 
     def __init__(self, side: Side) -> None:
         (flight,) = side.engine.flights._flights.values()
-        self._locks, self._storage, self._where, self._held = (
-            side.locks,
-            side.storage,
-            flight.where,
-            flight.held,
-        )
+        self._locks, self._storage = side.locks, side.storage
+        self._where, self._held = flight.where, flight.held
         self._claim: Claim | None = None
 
     async def take(self) -> None:

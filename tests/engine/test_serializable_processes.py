@@ -9,7 +9,6 @@ import random
 import signal
 from asyncio.subprocess import Process
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -21,27 +20,13 @@ from onceflow.locking import LockTimeoutError
 from processes import line, python
 from redis_servers import RedisServer
 from s3_servers import s3_server
-from serial_ways import WAYS, Side, Way
+from serial_ways import SHARED, Side, Way
 from tcp_proxy import tcp_proxy
 from until import until
 
+KINDS = SHARED
 LEASE = 0.6
-SHARED = [kind for kind in WAYS if "memory" not in kind]
 SERIAL = INPUTS.configure(isolation_level="SERIALIZABLE")
-
-
-@pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
-    """A server that all tests share, so nobody may kill it."""
-    server = RedisServer()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(params=SHARED)
-def way(request: pytest.FixtureRequest, tmp_path: Path) -> Way:
-    """An empty place of each kind that several processes reach."""
-    return WAYS[request.param](request, tmp_path)
 
 
 ran: list[str] = []

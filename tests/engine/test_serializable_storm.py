@@ -17,26 +17,12 @@ import pytest
 from fault_proxy import Fault, FaultProxy, Request
 from onceflow.engine import INPUTS, task
 from processes import python
-from redis_servers import RedisServer
 from s3_servers import s3_server
-from serial_ways import WAYS, Side, Way
+from serial_ways import SHARED, Side, Way
 
+KINDS = SHARED
 LEASE = 3.0
 WORKERS = 4
-SHARED = [kind for kind in WAYS if "memory" not in kind]
-
-
-@pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
-    server = RedisServer()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(params=SHARED)
-def way(request: pytest.FixtureRequest, tmp_path: Path) -> Way:
-    """An empty place of each kind that several processes reach."""
-    return WAYS[request.param](request, tmp_path)
 
 
 @task(cache_policy=INPUTS.configure(isolation_level="SERIALIZABLE"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -11,6 +12,7 @@ from lock_places import Place
 from onceflow.locking import LockManager, RedisLockManager, StorageLockManager, lock_manager_from_url
 from redis_servers import RedisServer
 from s3_servers import new_prefix, s3_bucket, s3_server
+from tcp_proxy import TcpProxy, tcp_proxy
 
 
 def _memory(request: pytest.FixtureRequest, folder: Path) -> Place:
@@ -55,20 +57,20 @@ PLACES = {
 }
 
 
-@pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
-    """A server that all tests share, so nobody may kill it."""
-    server = RedisServer()
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def own_redis() -> Iterator[RedisServer]:
     """A server for one test, which may do with it what it likes."""
     server = RedisServer()
     yield server
     server.kill()
+
+
+@pytest.fixture
+async def proxy(redis_server: RedisServer) -> AsyncIterator[TcpProxy]:
+    """The network before the server that all share."""
+    await asyncio.to_thread(redis_server.ask, b"FLUSHALL")
+    async with tcp_proxy(redis_server.port) as one:
+        yield one
 
 
 @pytest.fixture(params=PLACES)

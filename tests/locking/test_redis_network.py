@@ -7,25 +7,16 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from lock_places import turns, until
+from lock_places import cancel_on_the_wire, turns, until
 from onceflow.locking import Lease, LeaseLostError, LockUnavailableError, RedisLockManager
 from processes import ask, line, python
 from redis_servers import RedisServer
-from tcp_proxy import TcpProxy, tcp_proxy
+from tcp_proxy import TcpProxy
 
 LEASE = 1.0
-
-
-@pytest.fixture
-async def proxy(redis_server: RedisServer) -> AsyncIterator[TcpProxy]:
-    """The network before the server that all share."""
-    await asyncio.to_thread(redis_server.ask, b"FLUSHALL")
-    async with tcp_proxy(redis_server.port) as one:
-        yield one
 
 
 def through(proxy: TcpProxy, lease_seconds: float = LEASE, connections: int = 16) -> RedisLockManager:
@@ -292,14 +283,7 @@ async def test_long_holders(proxy: TcpProxy, redis_server: RedisServer) -> None:
         async with manager.lock("key", name):
             assert await other.is_held_by("key", name)
         asked = (await asyncio.to_thread(redis_server.commands))["evalsha"]
-        proxy.requests.clear()
-        acquiring = asyncio.create_task(manager.acquire("key", name))
-        await turns(20)
-        acquiring.cancel()
-        await turns(20)
-        proxy.requests.set()
-        with pytest.raises(asyncio.CancelledError):
-            await acquiring
+        await cancel_on_the_wire(proxy, manager.acquire("key", name))
 
         async def arrived() -> bool:
             return (await asyncio.to_thread(redis_server.commands))["evalsha"] == asked + 2

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NamedTuple
+
+import pytest
+from tcp_proxy import TcpProxy
 
 
 class Place(NamedTuple):
@@ -30,3 +33,15 @@ async def turns(number: int) -> None:
     """Let the loop go round so many times."""
     for _ in range(number):
         await asyncio.sleep(0)
+
+
+async def cancel_on_the_wire(proxy: TcpProxy, work: Coroutine[Any, Any, object]) -> None:
+    """Cancel it while the proxy holds its request back, and let the request arrive then."""
+    proxy.requests.clear()
+    asking = asyncio.create_task(work)
+    await turns(20)
+    asking.cancel()
+    await turns(20)
+    proxy.requests.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asking

@@ -121,3 +121,6 @@ WAYS = {
     "claims_local": _claims_local,
     "claims_s3": _claims_s3,
 }
+
+SHARED = [kind for kind in WAYS if "memory" not in kind]
+"""Those that several processes reach."""
