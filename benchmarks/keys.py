@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from harness import FLOOR, OURS, Measure, Workload
-from onceflow.engine._fingerprint import digest
+from onceflow.engine._keys.digest import digest
 
 try:
     import joblib

@@ -2,25 +2,25 @@
 
 from __future__ import annotations  # noqa: I001 - several names a line keep the face short
 
-from ._context import get_run_context, tags
-from ._engine import Engine
+from ._runs.run import get_run_context, tags
+from ._lifecycle.engine import Engine
 from ._errors import (
     CacheKeyError, CommitError, ConfigurationError, DeadlockError, EngineClosedError, EngineError,
     NoActiveRunError, NoValueError, ParameterError, ProcessEndedError, RunCancelledError, RunCrashedError,
     RunFailedError, RunningLoopError, RunTimeoutError, SettingsError, UncacheableInputError,
     UnfinishedRunError, UpstreamFailedError,
 )  # fmt: skip
-from ._flow import flow
-from ._awaiting import as_completed, wait
-from ._futures import FlowFuture, TaskFuture, allow_failure, quote, unmapped
-from ._logging import get_run_logger
-from ._policies import (
+from ._tasks.flow import flow
+from ._runs.waiting import as_completed, wait
+from ._runs.futures import FlowFuture, TaskFuture, allow_failure, quote, unmapped
+from ._runs.logging import get_run_logger
+from ._keys.policies import (
     DEFAULT, FLOW_PARAMETERS, INPUTS, NONE, RUN_ID, TASK_SOURCE, CachePolicy, IsolationLevel,
 )  # fmt: skip
 from ._settings import Settings
-from ._states import State, StateType
-from ._task import task
-from ._transaction import transaction
+from ._runs.states import State, StateType
+from ._tasks.task import task
+from ._transactions.transaction import transaction
 
 __all__ = [
     "DEFAULT", "FLOW_PARAMETERS", "INPUTS", "NONE", "RUN_ID", "TASK_SOURCE", "CacheKeyError",

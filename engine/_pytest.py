@@ -17,15 +17,15 @@ import pytest
 
 from ..locking import MemoryLockManager
 from ..storage import MemoryStorage
-from ..storage._loop_end import forget
-from . import _ambient
-from ._engine import Engine
-from ._observing import Outcome, outcome_of
+from ..storage._runtime.loop_end import forget
+from ._lifecycle import ambient
+from ._lifecycle.engine import Engine
+from ._runs.observing import Outcome, outcome_of
 from ._settings import Settings
 
 if TYPE_CHECKING:
-    from ._context import FlowRun, TaskRun
-    from ._definition import Definition
+    from ._definitions.definition import Definition
+    from ._runs.run import FlowRun, TaskRun
 
 __all__ = ["Clock", "EngineForTests", "onceflow_engine"]
 
@@ -149,11 +149,11 @@ def onceflow_engine() -> Iterator[EngineForTests]:
     what is stored lasts for the test.
     """
     engine = EngineForTests()
-    outer, _ambient.stand_in = _ambient.stand_in, engine
+    outer, ambient.stand_in = ambient.stand_in, engine
     try:
         yield engine
     finally:
-        _ambient.stand_in = outer
+        ambient.stand_in = outer
         _close(engine)
 
 

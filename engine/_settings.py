@@ -17,9 +17,9 @@ from typing import Any
 
 from ..locking import lock_manager_from_url
 from ..storage import storage_from_url
-from ..storage._serializers import serializer_by_name
+from ..storage._values.serializers import serializer_by_name
+from ._concurrency.limits import check_size
 from ._errors import SettingsError, closest
-from ._limits import check_size
 
 PREFIX = "ONCEFLOW_"
 

@@ -12,11 +12,11 @@ from ._errors import (
     LockTimeoutError,
     LockUnavailableError,
 )
-from ._file import FileLockManager
+from ._file.manager import FileLockManager
 from ._lease import Lease
 from ._manager import LockManager
 from ._memory import MemoryLockManager
-from ._redis import RedisLockManager
+from ._redis.manager import RedisLockManager
 from ._storage import StorageLockManager
 from ._urls import lock_manager_from_url
 

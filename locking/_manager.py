@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
-from ..storage._nonces import nonce
+from ..storage._runtime.random import nonce
 from ._errors import LockError, LockNotHeldError, LockTimeoutError
 from ._lease import Lease
 

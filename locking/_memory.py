@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
-from ._claim import Busy, Claim
-from ._queued import QueuedLockManager
-from ._room import Room
+from ._waiting.acquisition import Busy, Claim
+from ._waiting.keys import Room
+from ._waiting.manager import QueuedLockManager
 
 _ANONYMOUS = "anonymous-"
 _rooms: WeakValueDictionary[str, MemoryRoom] = WeakValueDictionary()

@@ -26,11 +26,11 @@ from ..storage import (
     StorageError,
     StorageUnavailableError,
 )
-from ..storage._nonces import nonce, random_bits
-from ._claim import Busy, Claim, checked_lease, patience
+from ..storage._runtime.random import nonce, random_bits
 from ._errors import LockAccessError, LockConfigurationError, LockUnavailableError
-from ._pace import Pace
-from ._queued import QueuedLockManager
+from ._waiting.acquisition import Busy, Claim, checked_lease, patience
+from ._waiting.backoff import Pace
+from ._waiting.manager import QueuedLockManager
 
 DEFAULT_LEASE = 30.0
 PREFIX = ".locks/"

@@ -9,10 +9,10 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from ..storage import storage_from_url
 from ._errors import LockConfigurationError
-from ._file import FileLockManager
+from ._file.manager import FileLockManager
 from ._manager import LockManager
 from ._memory import MemoryLockManager
-from ._redis import RedisLockManager
+from ._redis.manager import RedisLockManager
 from ._storage import StorageLockManager
 
 _FORMS = (

@@ -8,9 +8,9 @@ from ._errors import (
     StorageAccessError, StorageClosedError, StorageConfigurationError, StorageError, StorageFullError,
     StorageUnavailableError, UnreadableValueError, VersionMismatchError,
 )  # fmt: skip
-from ._local import LocalStorage
+from ._local.storage import LocalStorage
 from ._memory import MemoryStorage
-from ._s3 import S3Storage
+from ._s3.storage import S3Storage
 from ._storage import Stat, Storage, Stored
 from ._urls import storage_from_url
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
-from ._data import buffers_of, clip
 from ._errors import ObjectExistsError, ObjectNotFoundError, StorageClosedError, VersionMismatchError
 from ._names import key_of, name_of
+from ._runtime.buffers import buffers_of, clip
 from ._storage import Data, Stat, Storage, Stored
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from ._errors import StorageConfigurationError
-from ._local import LocalStorage
+from ._local.storage import LocalStorage
 from ._memory import MemoryStorage
-from ._s3 import S3Storage
+from ._s3.storage import S3Storage
 from ._storage import Storage
 
 _FORMS = "a path, file:///path, memory://name or s3://bucket/prefix"

@@ -113,7 +113,7 @@ OUTPUTS = {
     "07_transactions.py": [TRANSACTIONS_FIRST, TRANSACTIONS_CACHED * 3],
 }
 # Examples that need a server.
-OWN_TESTS = {"10_bucket.py": "test_bucket_example.py", "11_web.py": "engine/test_web.py"}
+OWN_TESTS = {"10_bucket.py": "test_bucket_example.py", "11_web.py": "engine/lifecycle/test_web.py"}
 
 
 def run(example: str, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from onceflow.engine import Engine
-from onceflow.engine._engine import current_engine
+from onceflow.engine._lifecycle.engine import current_engine
 from serial_ways import WAYS, Side, Way
 
 

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import pytest
 from onceflow.engine import INPUTS, Engine, IsolationLevel, flow, get_run_context, task
-from onceflow.engine import _ambient
+from onceflow.engine._lifecycle import ambient
 
 attempts = []
 
@@ -164,7 +164,7 @@ def test_run(onceflow_engine):
     onceflow_engine.assert_ran(flaky, times=2)
 
 def test_not_autouse():
-    assert _ambient.stand_in is None
+    assert ambient.stand_in is None
 
 def test_time_does_not_run_backwards(onceflow_engine):
     with pytest.raises(ValueError, match="backwards"): onceflow_engine.advance(-1)

@@ -21,7 +21,7 @@ from onceflow.locking import (
     LockTimeoutError,
     lock_manager_from_url,
 )
-from onceflow.locking import _telling as telling
+from onceflow.locking._waiting import report as telling
 
 Make = Callable[..., LockManager]
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from lock_places import turns
 from onceflow.locking import Lease, LockClosedError, LockNotHeldError, LockUnavailableError, MemoryLockManager
-from onceflow.locking._claim import Busy, Claim, patience
-from onceflow.locking._queued import QueuedLockManager
+from onceflow.locking._waiting.acquisition import Busy, Claim, patience
+from onceflow.locking._waiting.manager import QueuedLockManager
 
 FAR = 60.0
 """Seconds after which a test has failed long ago: whoever waits for so long was forgotten."""

@@ -17,7 +17,7 @@ from onceflow.locking import (
     lock_manager_from_url,
 )
 from onceflow.locking import _storage as storage_locks
-from onceflow.locking._claim import Claim
+from onceflow.locking._waiting.acquisition import Claim
 from onceflow.storage import (
     ConditionsUnsupportedError,
     MemoryStorage,

@@ -12,8 +12,8 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from onceflow.engine._intents import Member, is_grave, parse
-from onceflow.engine._steps import (
+from onceflow.engine._commit.intents import Member, is_grave, parse
+from onceflow.engine._commit.requests import (
     ABSENT,
     ANY,
     Ask,
@@ -26,7 +26,7 @@ from onceflow.engine._steps import (
     Visible,
     Where,
 )
-from onceflow.storage._envelope import Header, pack, unpack_header
+from onceflow.storage._format.envelope import Header, pack, unpack_header
 
 KEYS: tuple[Where, ...] = (("s1", "a"), ("s1", "b"), ("s1", "c"), ("s2", "a"), ("s2", "d"))
 LEASE = 30.0

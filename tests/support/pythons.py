@@ -83,7 +83,7 @@ def bare_engine() -> None:
 
 def tree_digests(directory: str, limit: int | None) -> dict[str, str]:
     """The digest of the text of every function and class under a directory, by its place."""
-    from onceflow.engine._source_text import tree_digest
+    from onceflow.engine._keys.source.syntax import tree_digest
 
     found = {}
     for file in sorted(Path(directory).glob("**/*.py"))[:limit]:
@@ -106,8 +106,8 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     space = {
-        "digest": importlib.import_module("onceflow.engine._fingerprint").digest,
-        "source_meaning": importlib.import_module("onceflow.engine._source").source_meaning,
+        "digest": importlib.import_module("onceflow.engine._keys.digest").digest,
+        "source_meaning": importlib.import_module("onceflow.engine._keys.source.meaning").source_meaning,
         "tree_digests": tree_digests,
         "sys": sys,
     }

@@ -10,7 +10,7 @@ import pytest
 from onceflow.engine import Engine
 from onceflow.locking import LockManager, RedisLockManager, StorageLockManager, lock_manager_from_url
 from onceflow.storage import ObjectNotFoundError, Storage, storage_from_url
-from onceflow.storage._envelope import unpack_header
+from onceflow.storage._format.envelope import unpack_header
 from redis_servers import RedisServer
 from s3_servers import new_prefix, s3_bucket, s3_server
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 from onceflow.locking._storage import PREFIX
 from onceflow.storage import MemoryStorage, StorageUnavailableError
-from onceflow.storage._envelope import unpack_header
+from onceflow.storage._format.envelope import unpack_header
 from onceflow.storage._names import name_of
 
 

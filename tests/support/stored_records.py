@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from onceflow.storage import MemoryStorage, Storage, Stored
-from onceflow.storage._envelope import Header, unpack_header
+from onceflow.storage._format.envelope import Header, unpack_header
 from onceflow.storage._storage import Data
 
 

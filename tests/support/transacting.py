@@ -13,7 +13,7 @@ import pytest
 from onceflow.engine import INPUTS, Engine, task
 from onceflow.locking import MemoryLockManager
 from onceflow.storage import LocalStorage, MemoryStorage, S3Storage, Storage
-from onceflow.storage._envelope import unpack_header
+from onceflow.storage._format.envelope import unpack_header
 from s3_servers import new_prefix, s3_bucket, s3_server
 
 KINDS = ("memory", "local", "s3")

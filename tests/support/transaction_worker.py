@@ -16,7 +16,7 @@ from typing import Any
 
 from onceflow.engine import Engine, task, transaction
 from onceflow.engine._errors import CommitError
-from onceflow.engine._place import Hit, Place
+from onceflow.engine._records.record import Hit, Place
 from onceflow.locking import MemoryLockManager, StorageLockManager
 from onceflow.storage import LocalStorage, MemoryStorage, S3Storage, Storage, storage_from_url
 

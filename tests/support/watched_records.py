@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from onceflow.engine._claims import Claim
-from onceflow.engine._flights import Flight
+from onceflow.engine._concurrency.claims import Claim
+from onceflow.engine._concurrency.singleflight import Flight
 from onceflow.storage import ConditionsUnsupportedError, MemoryStorage, StorageUnavailableError
-from onceflow.storage._envelope import unpack_header
+from onceflow.storage._format.envelope import unpack_header
 
 
 class Watched(MemoryStorage):
